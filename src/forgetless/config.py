@@ -1,0 +1,225 @@
+"""The configuration: YAML plus key=value overrides, parsed once, typed, unknown keys refused with the nearest known name. Imports no torch.
+
+    config = load_config("examples/demo/gorp.yaml", ["method.rank=4", "train.max_steps=10"])
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError, nearest
+
+# TrainingArguments that belong to the loop; a user who sets them would fight it
+OWN_TRAIN_KEYS = {
+    "output_dir": "output_dir (top level)", "seed": "seed (top level)", "data_seed": "seed (top level)", "save_strategy": "nothing: tasks are saved when they end",
+    "eval_strategy": "evaluate", "report_to": "nothing: see timing.jsonl", "remove_unused_columns": "nothing", "optim": "method",
+}  # fmt: skip
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TaskConfig(_Model):
+    """One task: either `suite` or `data`."""
+
+    name: str
+    suite: str | None = None
+    """A task of a suite that comes with forgetless, e.g. demo/cities."""
+    suite_options: dict[str, Any] = Field(default_factory=dict)
+    data: str | None = None
+    """Training rows: .jsonl, .json or .json.gz."""
+    test: str | None = None
+    """Test rows; without it 10 % of `data`, chosen by hash of the text."""
+    dev: str | None = None
+    """Rows for choosing settings; without it 10 % of the training rows, by another hash."""
+    format: Literal["classification", "prompt_completion"] = "classification"
+    labels: list[str] | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: {sentence: text} reads the column `text` as the sentence."""
+    prompt: str | None = None
+    max_text_tokens: int | None = Field(None, ge=1)
+    """Longest text put in for {sentence}, in tokens; longer ones lose their end."""
+    max_prompt_tokens: int = Field(512, ge=8)
+    limit: int | None = Field(None, ge=1)
+    """Use at most this many training rows, the same ones every time."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
+            raise ValueError(f"task name {name!r} becomes a folder name: letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64, no '..'")
+        return name
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskConfig:
+        if (self.suite is None) == (self.data is None):
+            raise ValueError(f"task '{self.name}': give either suite (a benchmark task such as demo/cities) or data (a file)")
+        return self
+
+
+class MethodConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")  # the rest are the method's own options, checked by the method
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class EvaluateConfig(_Model):
+    limit: int | None = Field(200, ge=1)
+    """Rows a cell, the same seeded ones every time; null for all."""
+    split: Literal["test", "dev"] = "test"
+    unseen: bool = False
+    """Also measure the untouched model and tasks not trained yet (forward transfer needs them)."""
+    scorers: list[Literal["choice", "exact_match"]] = Field(default_factory=lambda: ["choice", "exact_match"])
+    batch_size: int = Field(16, ge=1)
+
+
+class RunConfig(_Model):
+    """A run. See docs in README.md, section "The configuration"."""
+
+    model: str
+    trust_remote_code: bool = False
+    tasks: list[TaskConfig] = Field(min_length=1)
+    method: MethodConfig
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Passed to transformers.TrainingArguments under its own names."""
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    keep: str = "all"
+    """Model versions kept: all, or `last N`. What is needed to go on is always kept."""
+    store: Literal["nothing", "prompts", "rows"] = "rows"
+    """What the run folder may hold of the data: nothing, the prompts, or whole rows."""
+    seed: int = 0
+    output_dir: str
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: MethodConfig) -> MethodConfig:
+        from .methods import REGISTRY
+
+        if method.name not in REGISTRY:
+            raise ValueError(f"there is no method '{method.name}'{nearest(method.name, REGISTRY)}")
+        return method
+
+    @field_validator("keep")
+    @classmethod
+    def _keep(cls, keep: str) -> str:
+        if keep != "all" and not re.fullmatch(r"last [1-9]\d*", keep):
+            raise ValueError(f"{keep!r}; one of: all, last N")
+        return keep
+
+    @field_validator("train")
+    @classmethod
+    def _not_ours(cls, train: dict[str, Any]) -> dict[str, Any]:
+        for key in train:
+            if key in OWN_TRAIN_KEYS:
+                raise ValueError(f"train.{key} is set by forgetless; use {OWN_TRAIN_KEYS[key]}")
+        return train
+
+    @model_validator(mode="after")
+    def _distinct(self) -> RunConfig:
+        seen: dict[str, int] = {}
+        for i, task in enumerate(self.tasks):
+            if task.name.lower() in seen:  # lower: some file systems do not tell A from a
+                raise ValueError(f"tasks {seen[task.name.lower()]} and {i} are both named '{task.name}'; names must differ")
+            seen[task.name.lower()] = i
+        return self
+
+
+def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A RunConfig from a YAML file, a dict or a RunConfig, with overrides such as "method.rank=4". Raises ConfigError."""
+    if isinstance(source, RunConfig):
+        source = source.model_dump()
+    if isinstance(source, dict):
+        data, where = source, "config"
+    else:
+        path = Path(source)
+        where = str(path)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file. Make one with: forgetless init {path}")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: a config is a mapping with model, tasks, method and output_dir; got {type(data).__name__}")
+    data = _copy(data)
+    for override in overrides:
+        _apply(data, override)
+    data.update({key: fix_floats(data[key]) for key in ('train', 'method') if key in data})
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def _apply(data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': write key=value, for example method.rank=4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+    *path, last = key.split(".")
+    node: Any = data
+    for i, part in enumerate(path):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override '{override}': {'.'.join(path[:i])} has {len(node)} entries, numbered from 0; there is no '{part}'")
+            node = node[int(part)]
+        else:
+            if isinstance(node.get(part), str) and part == "method":
+                node[part] = {"name": node[part]}
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"override '{override}': {'.'.join(path[: i + 1])} is a value, not a section")
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"override '{override}': {'.'.join(path)} has {len(node)} entries, numbered from 0")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _explain(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known: Any = RunConfig
+        for part in error["loc"][:-1]:
+            if isinstance(part, str) and isinstance(known, type):
+                known = {"tasks": TaskConfig, "evaluate": EvaluateConfig, "method": MethodConfig}.get(part, known)
+        return f"unknown key '{key}'{nearest(str(error['loc'][-1]), known.model_fields)}"
+    if error["type"] == "missing":
+        return f"'{key}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def fix_floats(value: Any) -> Any:
+    """1e-4 without a dot is text in YAML 1.1, a trap of every config ever written: read it as the number it is."""
+    if isinstance(value, dict):
+        return {k: fix_floats(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [fix_floats(v) for v in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value

@@ -1,0 +1,107 @@
+"""Was the promise kept? Leaks of the weights, and what the layers still do on inputs recorded when each task was learned.
+
+Recorded for each task and linear layer: X (tokens, in), a few input vectors on the task's own training prompts, and Y = W X as it was then. Later:
+coverage ||X V||^2 / ||X||^2 says how much of what the task used is protected; ||Y_now - Y|| / ||Y|| how much the layer's answer to it has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import linear_modules
+from ..subspace import coverage
+from ..tasks import Task
+
+RECORDED_TOKENS = 32
+
+
+@torch.inference_mode()
+def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int = 16) -> dict[str, Tensor]:
+    """{"<module>.x": (tokens, in) bf16, "<module>.y": (tokens, out) fp32} for every linear layer but the head, on prompts of the task's training rows."""
+    from ..tasks import sample
+
+    modules = linear_modules(model)
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    generator = torch.Generator().manual_seed(seed)
+    chosen = sample(task.train, rows, seed)
+    per_row = math.ceil(RECORDED_TOKENS / len(chosen))
+    pick: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
+
+    def hook(name: str):
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept[name].append(args[0].detach().reshape(-1, args[0].shape[-1])[pick[0].to(args[0].device)].to("cpu", torch.bfloat16))
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    device = next(model.parameters()).device
+    try:
+        for example in chosen:
+            ids = torch.tensor([task.encode(tokenizer, example)["input_ids"]], device=device)
+            pick[0] = torch.randperm(ids.shape[1], generator=generator)[:per_row]
+            model(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    out = {}
+    for name, module in modules.items():
+        if kept[name]:
+            x = torch.cat(kept[name])
+            out[f"{name}.x"], out[f"{name}.y"] = x, nn.functional.linear(x.float(), module.weight.float().cpu())
+    return out
+
+
+@torch.inference_mode()
+def measure_coverage(model: nn.Module, recorded: dict[str, Tensor], constraints: dict[str, Tensor]) -> dict[str, float]:
+    """{"inputs": mean share of the recorded inputs' energy that is protected (0 where nothing is), "output_change": mean ||Y_now - Y|| / ||Y||}.
+
+    constraints: module name -> protected input basis V (in, k).
+    """
+    modules = linear_modules(model)
+    inside, change = [], []
+    for name, module in modules.items():
+        if f"{name}.x" not in recorded:
+            continue
+        X, Y = recorded[f"{name}.x"].float(), recorded[f"{name}.y"].float()
+        V = constraints.get(name)
+        inside.append(coverage(X, V.float().cpu()) if V is not None else 0.0)
+        now = nn.functional.linear(X, module.weight.float().cpu())
+        change.append(float((now - Y).norm() / Y.norm().clamp_min(1e-12)))
+    return {"inputs": sum(inside) / len(inside), "output_change": sum(change) / len(change)} if inside else {}
+
+
+@torch.no_grad()
+def weight_leak(optimizer: torch.optim.Optimizer, start: dict[Tensor, Tensor], steps: int) -> dict[str, Any] | None:
+    """The worst module's ||forbidden part of W - W_start|| / ||W - W_start||, with its bound; None where nothing is constrained.
+
+    Bound on the norm: 1e-5 ||dW|| + 2^-24 sqrt(steps b / in) ||W||: the second term is the rounding of `steps` additions in fp32 (eps/2 a step, a random walk,
+    of which b of `in` directions are looked at).
+    """
+    worst = None
+    for group in optimizer.param_groups:
+        constraint = group.get("constraint")
+        if constraint is None or constraint.empty:
+            continue
+        for p in group["params"]:
+            D = p.detach().double() - start[p].double()
+            size = float(D.norm())
+            if size == 0:
+                continue
+            bound = leak_bound(constraint, p, size, steps)
+            part = constraint.to(D.device, torch.float64).forbidden_norm(D)
+            entry = {"leak": part / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
+            if worst is None or entry["leak"] / entry["bound"] > worst["leak"] / worst["bound"]:
+                worst = entry
+    return worst
+
+
+def leak_bound(constraint: Any, W: Tensor, size: float, steps: int) -> float:
+    """The largest ||forbidden part|| that round-off explains after `steps` steps that moved W (out, in) by `size`."""
+    shares = [V.shape[1] / V.shape[0] for V in (constraint.inputs, constraint.outputs) if V is not None]
+    share = min(1.0, sum(shares)) if shares else 1.0
+    relative, unit = (1e-10, 2.0**-53) if W.dtype == torch.float64 else (1e-5, 2.0**-24)
+    return relative * size + unit * math.sqrt(steps * share) * float(W.double().norm())

@@ -1,0 +1,192 @@
+"""Two scores for each row, from one pass over its prompt.
+
+choice: the most likely of the task's own labels: length-normalised log-likelihood minus the same after a content-free text ("N/A", Zhao et al. 2021): what
+    the model knows, even where its words drifted. The labels' tokens are appended to the prompt once, as branches of a tree that see the prompt and
+    themselves only, so a row with 14 labels costs little more than its prompt.
+exact_match: greedy generation, compared after lower-casing, dropping punctuation and squeezing spaces: answers a program could use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import string
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks import CONTENT_FREE, Example, Task
+
+
+@dataclass
+class Prediction:
+    """One scored row. choice and text are None where that score does not apply."""
+
+    row: int
+    task: str
+    answer: str
+    choice: str | None
+    text: str | None
+
+    def score(self, scorer: str) -> float | None:
+        if scorer == "choice":
+            return None if self.choice is None else float(self.choice == self.answer)
+        return None if self.text is None else float(normalize(self.text) == normalize(self.answer))
+
+
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, single spaces: the benchmark's own rule for exact match.
+
+    >>> normalize(" Science or  Technology. ")
+    'science or technology'
+    """
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+@torch.inference_mode()
+def score_rows(model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None) -> list[Prediction]:
+    """Score `rows` of `task`, in their order. advance(done) is called after each batch."""
+    labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels] if task.labels and "choice" in scorers else None
+    prompts = [task.encode_prompt(tokenizer, e.text) for e in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # length-sorted: little padding
+    out: list[Prediction | None] = [None] * len(rows)
+    answers = task.labels or [e.answer for e in rows]
+    longest = max(len(task.encode_answer(tokenizer, a)) for a in answers)
+    was_training = model.training
+    model.eval()
+    try:
+        with _autocast(model, autocast), _fp32_head(model):
+            bias = None
+            if labels:
+                bias = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, CONTENT_FREE)]), labels)[0]
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                state = _prefill(model, [prompts[i] for i in batch])
+                choices = (_likelihoods(model, state, labels) - bias).argmax(1).tolist() if labels else None
+                texts = _greedy(model, tokenizer, state, longest) if "exact_match" in scorers else None
+                for k, i in enumerate(batch):
+                    choice = task.labels[choices[k]] if labels else None
+                    out[i] = Prediction(rows[i].row, task.name, rows[i].answer, choice, texts[k] if texts else None)
+                if advance:
+                    advance(start + len(batch))
+    finally:
+        model.train(was_training)
+    return out
+
+
+def failures(predictions: list[Prediction], task: Task, others: list[Task]) -> dict[str, float]:
+    """Shares of rows whose generated answer is wrong because it is a word of another task's label set (answer-word drift), or wrong within the set."""
+    own = {normalize(label) for label in task.labels or []}
+    foreign = {normalize(label) for other in others if other is not task for label in other.labels or []} - own
+    wrong = [normalize(p.text) for p in predictions if p.text is not None and p.score("exact_match") == 0.0]
+    n = max(1, len(predictions))
+    return {"other_task_label": sum(t in foreign for t in wrong) / n, "wrong_in_set": sum(t in own for t in wrong) / n}
+
+
+# -- one batch -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """Prompts in the cache: mask (B, P) 1 where a real token stands, next_position (B,), last (B, vocab) log-probabilities of the next token."""
+
+    cache: object
+    mask: Tensor
+    next_position: Tensor
+    last: Tensor
+
+
+def _prefill(model: nn.Module, prompts: list[list[int]]) -> _State:
+    device = next(model.parameters()).device
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, length - len(p) :] = torch.tensor(p)
+        mask[i, length - len(p) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return _State(out.past_key_values, mask, mask.sum(1), out.logits[:, -1].float().log_softmax(-1))
+
+
+def _likelihoods(model: nn.Module, state: _State, labels: list[list[int]]) -> Tensor:
+    """(B, labels): mean log-probability of each label's tokens after the prompt."""
+    first = state.last[:, [label[0] for label in labels]]  # (B, K)
+    tails = [label[:-1] for label in labels]  # token t predicts token t+1; the last predicts nothing we need
+    total = first.clone()
+    if any(tails):
+        flat = [token for tail in tails for token in tail]
+        depth = [d for tail in tails for d in range(len(tail))]
+        owner = torch.tensor([k for k, tail in enumerate(tails) for _ in tail])
+        B, P, Q = state.mask.shape[0], state.mask.shape[1], len(flat)
+        device, dtype = state.mask.device, _compute_dtype(model)
+        ids = torch.tensor(flat, device=device).expand(B, Q)
+        positions = state.next_position[:, None] + torch.tensor(depth, device=device)
+        tree = ((owner[:, None] == owner) & (torch.arange(Q)[:, None] >= torch.arange(Q))).to(device)  # own label, not its future
+        seen = torch.cat([state.mask[:, None, :].bool().expand(B, Q, P), tree.expand(B, Q, Q)], 2)
+        mask = torch.zeros(B, 1, Q, P + Q, dtype=dtype, device=device).masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=state.cache, use_cache=True)
+        log_p = out.logits.float().log_softmax(-1)  # (B, Q, vocab)
+        following = [label[d + 1] for label in labels for d in range(len(label) - 1)]
+        picked = log_p[:, torch.arange(Q), following]  # (B, Q)
+        total.index_add_(1, owner.to(device), picked)
+        state.mask = torch.cat([state.mask, state.mask.new_zeros(B, Q)], 1)  # the branches stay in the cache, unseen by what follows
+    return total / torch.tensor([len(label) for label in labels], device=total.device)
+
+
+def _greedy(model: nn.Module, tokenizer, state: _State, longest: int) -> list[str]:
+    """Greedy continuations up to the end token, or one token more than the longest answer needs (then it matches none)."""
+    B = state.mask.shape[0]
+    token, mask, position = state.last.argmax(1), state.mask, state.next_position
+    done = torch.zeros(B, dtype=torch.bool, device=token.device)
+    tokens: list[list[int]] = [[] for _ in range(B)]
+    for _ in range(longest + 1):
+        done |= token == tokenizer.eos_token_id
+        for i in range(B):
+            if not done[i]:
+                tokens[i].append(int(token[i]))
+        if bool(done.all()):
+            break
+        mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
+        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=state.cache, use_cache=True)
+        token, position = out.logits[:, -1].argmax(1), position + 1
+    return [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+
+
+def likelihoods_plain(model: nn.Module, prompt: list[int], labels: list[list[int]]) -> Tensor:
+    """What _likelihoods computes, one whole sequence a label and no cache: the tests hold the tree to this."""
+    values = []
+    for label in labels:
+        logits = model(input_ids=torch.tensor([prompt + label])).logits[0].float().log_softmax(-1)
+        values.append(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(label)) / len(label))
+    return torch.stack(values)
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    device = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else next(model.parameters()).dtype
+
+
+def _autocast(model: nn.Module, enabled: bool):
+    return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _fp32_head(model: nn.Module):
+    """Logits in fp32 also under bf16 autocast: ties between labels in bf16 flip rows."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    device = head.weight.device.type
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return nn.functional.linear(x.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,224 @@
+"""The durable record of a run: what was learned, in which order, from what, and where the model is that came of it.
+
+A commit is one rename: everything of a task is written beside, synced, renamed into tasks/NN-name, then a line joins lineage.jsonl, then `current` is replaced.
+`current` is the truth: whatever lies beyond it was interrupted and is done again. Nothing hashed depends on the clock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, DataError
+from .methods.base import Memory
+
+FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "current", "model", "before.json", ".lock"}
+# a crash may leave one of these half-written; they are ours too
+TEMPORARY = {f".{name}.tmp" for name in FILES} | {".model"}
+
+
+class RunFolder:
+    """One run's folder, locked for as long as this object lives."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir {self.path}: is a file")
+        if self.path.is_dir():
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in FILES | TEMPORARY)
+            if foreign or (any(self.path.iterdir()) and not (self.path / "run.yaml").is_file() and not (self.path / ".lock").is_file()):
+                raise ConfigError(f"output_dir {self.path}: not empty and not a run of forgetless (it has {', '.join(foreign[:3]) or 'no run.yaml'}). Nothing was touched; choose another folder")
+        try:
+            (self.path / "tasks").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"output_dir {self.path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"output_dir {self.path}: another process is running there; wait for it, or choose another folder") from None
+
+    def close(self) -> None:
+        self._lock.close()
+
+    # -- the commits -----------------------------------------------------------------------------------------------------------------
+
+    def repair(self) -> None:
+        """Drop what an interrupted commit left beyond `current`."""
+        done = self.committed()
+        lines = self.lineage()
+        if len(lines) > len(done):
+            write_atomic(self.path / "lineage.jsonl", "".join(canonical(line) + "\n" for line in lines[: len(done)]))
+        for folder in (self.path / "tasks").iterdir():
+            if folder.name not in done:
+                shutil.rmtree(folder)
+        self._point_model()
+
+    def committed(self) -> list[str]:
+        """Folder names under tasks/ in order, up to `current`."""
+        current = self.path / "current"
+        if not current.is_file():
+            return []
+        last = current.read_text().strip()
+        names = [f"{line['index']:02d}-{line['task']}" for line in self.lineage()]
+        if last not in names:
+            raise DataError(f"{self.path}: `current` says {last}, which lineage.jsonl does not know; the folder is damaged")
+        return names[: names.index(last) + 1]
+
+    def lineage(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in _read(self.path / "lineage.jsonl").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break  # the line being written when the power went
+        return lines
+
+    def commit(self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor], metrics: dict, predictions: list[dict], entry: dict[str, Any], keep: str) -> dict[str, Any]:
+        """Make task `index` durable; returns its lineage line."""
+        name = f"{index:02d}-{task}"
+        work, final = self.path / "tasks" / f".{name}", self.path / "tasks" / name
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "state").mkdir(parents=True)
+        model.save_pretrained(work / "model")
+        tokenizer.save_pretrained(work / "model")
+        save_memory(work / "state", memory, recorded)
+        (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (work / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+        line = {"kind": "task", "index": index, "task": task, **entry}
+        line["state_sha256"] = _sha_files(work / "state")
+        line["model_sha256"] = model_sha256(model)
+        previous = self.lineage()
+        line["parent"] = previous[-1]["hash"] if previous else ""
+        line["hash"] = hashlib.sha256(canonical(line).encode()).hexdigest()
+        _sync_tree(work)
+        shutil.rmtree(final, ignore_errors=True)
+        work.rename(final)
+        _sync(final.parent)
+        with (self.path / "lineage.jsonl").open("a") as f:
+            f.write(canonical(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        write_atomic(self.path / "current", name + "\n")
+        self._point_model()
+        self._forget_old(keep)
+        return line
+
+    def _point_model(self) -> None:
+        done = self.committed()
+        link = self.path / "model"
+        if not done:
+            link.unlink(missing_ok=True)
+            return
+        temporary = self.path / ".model"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path("tasks") / done[-1] / "model")
+        temporary.replace(link)
+
+    def _forget_old(self, keep: str) -> None:
+        if keep != "all":
+            for name in self.committed()[: -int(keep.split()[1])]:
+                shutil.rmtree(self.path / "tasks" / name / "model", ignore_errors=True)
+
+    # -- reading back ----------------------------------------------------------------------------------------------------------------
+
+    def memory(self, name: str) -> Memory:
+        return load_memory(self.path / "tasks" / name / "state")
+
+    def recorded(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        file = self.path / "tasks" / name / "state" / "inputs.safetensors"
+        return load_file(file) if file.is_file() else {}
+
+    def rows(self, scorer: str) -> list[list[float | None]]:
+        """The accuracy matrix's rows so far, of one scorer."""
+        return [self.metrics(name)["scores"].get(scorer, []) for name in self.committed()]
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / "tasks" / name / "metrics.json").read_text())
+
+    def note_time(self, **event: Any) -> None:
+        with (self.path / "timing.jsonl").open("a") as f:
+            f.write(json.dumps(event) + "\n")
+
+
+def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in memory.tensors.items()}, folder / "method.safetensors")
+    (folder / "method.json").write_text(json.dumps(memory.info, sort_keys=True))
+    if recorded:
+        save_file(recorded, folder / "inputs.safetensors")
+
+
+def load_memory(folder: str | Path) -> Memory:
+    """A method's memory from a committed task's state/ folder."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "method.safetensors").is_file():
+        raise DataError(f"{folder}: no method.safetensors; give the state folder of a committed task, such as runs/first/tasks/00-cities/state")
+    return Memory(load_file(folder / "method.safetensors"), json.loads((folder / "method.json").read_text()))
+
+
+def model_sha256(model: nn.Module) -> str:
+    """sha256 over (name, dtype, shape, raw bytes) of the sorted state dict, a tied tensor once."""
+    digest, seen = hashlib.sha256(), set()
+    for name, tensor in sorted(model.state_dict().items()):
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _sha_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(folder: Path) -> None:
+    for directory, _, files in os.walk(folder):
+        for file in files:
+            _sync(Path(directory) / file)
+        _sync(Path(directory))

@@ -1,0 +1,25 @@
+"""The registry of methods: name -> "module:Class", one line a method. Nothing is imported until a method is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from ..errors import ConfigError, nearest
+
+REGISTRY = {
+    "gorp": "gorp:GORP",
+    "seqft": "seqft:SeqFT",
+}
+
+
+def get_class(name: str):
+    """The class of a method. Raises ConfigError with the nearest name."""
+    if name not in REGISTRY:
+        raise ConfigError(f"there is no method '{name}'{nearest(name, REGISTRY)}")
+    module, _, cls = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), cls)
+
+
+def get(name: str, **options):
+    """A method ready to use: `get("gorp", rank=8).param_groups(model)`. Raises ConfigError for an unknown name, option or value."""
+    return get_class(name)(**options)

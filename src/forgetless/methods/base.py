@@ -1,0 +1,99 @@
+"""What a method is: the hooks the loop calls, each a no-op by default. One method, one file, one line in the registry.
+
+The order of calls for one task:
+    begin_task -> train_data -> param_groups -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from ..errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ..tasks import Example, Task
+
+
+@dataclass
+class Memory:
+    """What a method carries from task to task, saved with each commit as safetensors and JSON, never pickle."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Options(BaseModel):
+    """Base of every method's options: unknown ones are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Method:
+    """A continual-learning method. Subclasses set `name`, `Options`, and override the hooks they need."""
+
+    name = ""
+    summary = ""  # one line for `forgetless methods`
+    paper = ""
+    kind = "plain"  # what it leaves: a plain model | an adapter | a routed set
+    constrained = False  # does it promise that updates stay out of a protected space?
+
+    Options: type[Options] = Options
+
+    def __init__(self, **options: Any):
+        try:
+            self.options = self.Options(**options)
+        except ValidationError as error:
+            raise ConfigError(f"method {self.name}: " + "; ".join(self._explain(e) for e in error.errors())) from None
+
+    def _explain(self, error: Any) -> str:
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            return f"unknown option '{key}'{nearest(key, self.Options.model_fields)}"
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+
+    def begin_task(self, model: nn.Module, task: Task | None, memory: Memory) -> nn.Module:
+        """Once a task, never again on resume: wrap, decompose, attach, measure. Returns the model to train."""
+        return model
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups for SubspaceAdamW. Parameters in none of them stay bit-identical."""
+        raise NotImplementedError
+
+    def train_data(self, task: Task, memory: Memory) -> list[Example]:
+        """The rows to train on."""
+        return task.train
+
+    def extra_loss(self, model: nn.Module, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
+        """A term added to the loss of each micro-batch."""
+        return None
+
+    def on_step(self, model: nn.Module) -> None:
+        """Called before each optimizer step, when p.grad holds the whole raw gradient."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What changes inside a task (sketches, generators): saved with a checkpoint, given back on resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state_dict."""
+
+    def end_task(self, model: nn.Module, task: Task | None, memory: Memory) -> nn.Module:
+        """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
+        return model
+
+    def report(self, memory: Memory) -> dict[str, Any] | None:
+        """Numbers about what is protected, for the record: {modules, rank_mean, rank_max, share, ...}."""
+        return None
+
+
+def clip_factor(gradients: list[Tensor], max_norm: float | None) -> float:
+    """min(1, max_norm / global norm): how much clipping would shrink these gradients."""
+    if not max_norm or not gradients:
+        return 1.0
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g.float() for g in gradients]))))
+    return min(1.0, max_norm / (norm + 1e-6))

@@ -1,0 +1,7 @@
+"""Optimizers. subspace_adamw.py is the one the library trains with; constrained.py gives its guarantee to any torch optimizer; reference.py is the slow,
+obvious version the tests hold the fast one to."""
+
+from .constrained import constrain
+from .subspace_adamw import SubspaceAdamW
+
+__all__ = ["SubspaceAdamW", "constrain"]

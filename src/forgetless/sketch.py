@@ -1,0 +1,50 @@
+"""A running summary of many gradients: sum over steps of G^T G in far less room than that matrix takes.
+
+Each G (m, n) is first compressed to `probes` rows by a Gaussian matrix Omega (probes, m) / sqrt(probes), which leaves E[(Omega G)^T (Omega G)] = G^T G; the rows are
+then merged into at most `size` directions by truncated SVD (Frequent Directions, Liberty 2013, without the shrinkage: what is truncated is counted in `total`
+instead, so the energy rule sees what the sketch does not hold). `total` is the exact sum of ||G||^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Sketch:
+    """rows: (<= 2 * size, n), whose Gram matrix approximates sum G^T G. total: () exact energy. updates: () count, seeds the probes, so that a resumed run draws the same."""
+
+    def __init__(self, n: int, size: int, probes: int = 16, seed: int = 0):
+        self.n, self.size, self.probes, self.seed = n, size, probes, seed
+        self.rows = torch.zeros(0, n)
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.updates = 0
+
+    def update(self, G: Tensor, scale: float = 1.0) -> None:
+        """Add scale * G, G (m, n)."""
+        m = G.shape[0]
+        if m <= self.probes:
+            Y = G.float() * scale
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.updates)
+            omega = torch.randn(self.probes, m, generator=generator).to(G.device)
+            Y = omega @ G.float() * (scale / self.probes**0.5)
+        self.updates += 1
+        self.total += float(torch.linalg.vector_norm(G.float()) ** 2) * scale**2
+        self.rows = torch.cat([self.rows.to(G.device), Y])
+        if self.rows.shape[0] >= 2 * self.size:
+            self.compress()
+
+    def compress(self) -> None:
+        """Keep the `size` strongest directions of the rows."""
+        if self.rows.shape[0] <= self.size:
+            return
+        D = self.rows.double()
+        lam, U = torch.linalg.eigh(D @ D.mT)  # (2 size, 2 size), however large n is
+        self.rows = (U[:, -self.size :].mT @ D).to(torch.float32).contiguous()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self.rows.contiguous(), "total": self.total.clone(), "updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rows, self.total, self.updates = state["rows"], state["total"], int(state["updates"])

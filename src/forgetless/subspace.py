@@ -1,0 +1,267 @@
+"""Subspaces and constraints: the linear algebra every method stands on. Pure functions, no state, nothing of a model.
+
+Convention: a weight is W (out x in), y = W x. A subspace of the input side is an orthonormal basis V (in x k); a set of
+gradients is a matrix whose ROWS live in that space, so G (out x in) has its input-side energy in ||G V||^2. GORP's space S
+(arXiv 2507.02503, eq. 5-8), OSFT's U_h and V_h (arXiv 2504.07097, eq. 3) and GaLore's projector are all built from these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5  # directions below this fraction of the largest singular value are noise in fp32
+TOLERANCE_FP64 = 1e-12
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE_FP64 if dtype == torch.float64 else TOLERANCE
+
+
+@dataclass
+class Subspace:
+    """A basis with an energy per direction.
+
+    basis: (n, k), orthonormal columns. energy: (k,), >= 0, in the unit its maker chose (for GORP: share of a task's gradient
+    energy, summed over tasks). k may be 0: an empty space protects nothing.
+    """
+
+    basis: Tensor
+    energy: Tensor
+
+    @classmethod
+    def empty(cls, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Subspace:
+        return cls(torch.zeros(n, 0, dtype=dtype, device=device), torch.zeros(0, dtype=dtype, device=device))
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+    def to(self, *args, **kwargs) -> Subspace:
+        return Subspace(self.basis.to(*args, **kwargs), self.energy.to(*args, **kwargs))
+
+
+def project_out(A: Tensor, V: Tensor | None) -> Tensor:
+    """A (m, n) without its part in span(V), V (n, k) orthonormal: A - (A V) V^T. Twice, because once leaves eps * ||A|| of it."""
+    if V is None or V.shape[1] == 0:
+        return A
+    A = A - (A @ V) @ V.mT
+    return A - (A @ V) @ V.mT
+
+
+def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
+    """Orthonormal basis (n, k') of span(A) within the complement of `against`; A (n, k), against (n, b) orthonormal.
+
+    Directions weaker than tolerance * scale are dropped (scale: the largest singular value of A by default), so a rank-deficient A gives fewer columns and a
+    zero A none. Without the drop and the second projection, QR fills null directions with arbitrary vectors, also inside `against` (measured: a leak of 0.38).
+    """
+    n = A.shape[0]
+    b = 0 if against is None else against.shape[1]
+    if A.shape[1] == 0 or b >= n:
+        return A.new_zeros(n, 0)
+    if scale is None:
+        scale = torch.linalg.matrix_norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
+    P = A if b == 0 else project_out(A.mT, against).mT
+    Q, R = torch.linalg.qr(P)
+    U, s, _ = torch.linalg.svd(R)
+    keep = s > tolerance(A.dtype) * scale
+    # bool(...) is a host sync; k is small and this runs once a refresh, not once a step
+    Q = Q @ U[:, : min(int(keep.sum()), n - b)]
+    if b:
+        Q = project_out(Q.mT, against).mT
+    return torch.linalg.qr(Q)[0].contiguous() if Q.shape[1] else Q.contiguous()
+
+
+def top_subspace(A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2) -> Subspace:
+    """The k leading right singular directions of A (m, n), strongest first, with energy = squared singular values.
+
+    method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
+    `start` (n, k); approximate, a handful of thin products). Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
+    """
+    m, n = A.shape
+    k = min(m, n) if k is None else min(k, m, n)
+    if method == "power":
+        if start is None:
+            raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
+        Q = start
+        for _ in range(iterations):
+            Q = torch.linalg.qr(A.mT @ (A @ Q))[0]
+        Y = A @ Q  # (m, k): Rayleigh-Ritz inside span(Q), so that the columns come out ordered by energy
+        lam, P = torch.linalg.eigh((Y.mT @ Y).double())
+        V, energy = (Q.double() @ P).flip(1), lam.flip(0)
+    elif method == "svd":
+        _, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        V, energy = Vh.mT, s**2
+    elif method == "gram":
+        D = A.double()
+        if n <= m:
+            lam, V = torch.linalg.eigh(D.mT @ D)
+            V, energy = V.flip(1), lam.flip(0)
+        else:
+            lam, U = torch.linalg.eigh(D @ D.mT)
+            lam, U = lam.flip(0), U.flip(1)
+            V, energy = (D.mT @ U) / lam.clamp_min(torch.finfo(D.dtype).tiny).sqrt(), lam
+    else:
+        raise ValueError(f"top_subspace: unknown method '{method}' (svd, gram, power)")
+    V, energy = V[:, :k], energy[:k].clamp_min(0)
+    V = V[:, energy > (tolerance(A.dtype) ** 2) * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
+    energy = energy[: V.shape[1]]
+    # clone: a slice would keep the whole factor alive, and is column-major
+    return Subspace(V.to(A.dtype).contiguous().clone(), energy.to(A.dtype).clone())
+
+
+def energy_rank(energies: Tensor, threshold: float, held: float = 0.0, total: float | None = None) -> int:
+    """Smallest k with held + energies[:k].sum() >= threshold * total: GORP's rule, counting what the space already holds.
+
+    energies: (p,), descending. total: all energy there is (default: held + energies.sum()). At least 1 when nothing is held and there is energy.
+
+    >>> energy_rank(torch.tensor([6.0, 3.0, 1.0]), 0.9)
+    2
+    """
+    energies = energies.double()
+    total = float(held + energies.sum()) if total is None else float(total)
+    if total <= 0 or held >= threshold * total * (1 - 1e-12):
+        return 0
+    reached = held + torch.cumsum(energies, 0) >= threshold * total * (1 - 1e-12)
+    return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else int((energies > 0).sum())
+
+
+def extend(space: Subspace, A: Tensor, energy: float, max_rank: int | None = None, total: float | None = None) -> tuple[Subspace, int]:
+    """Grow `space` until it holds the share `energy` of the rows of A (m, n); returns the new space and how many directions max_rank evicted.
+
+    M' = A - A S S^T, its leading right singular directions are appended (GORP eq. 7-8), orthonormalised twice. Energies are shares of this
+    call's total (||A||^2, or `total` where A is a sketch that misses some), added to what each direction already had: max_rank keeps the strongest.
+    """
+    V = space.basis
+    total = float((A.double() ** 2).sum()) if total is None else float(total)
+    if total <= 0:
+        return space, 0
+    inside = ((A @ V).double() ** 2).sum(0)  # (k,)
+    rest = top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank)) if space.rank < A.shape[1] else Subspace.empty(A.shape[1], A.dtype)
+    k = energy_rank(rest.energy, energy, held=float(inside.sum()), total=total)
+    new = orthonormalize(rest.basis[:, :k], against=V, scale=1.0)
+    k = new.shape[1]
+    basis = torch.cat([V, new], 1)
+    weights = torch.cat([space.energy.double() + inside / total, rest.energy[:k].double() / total])
+    evicted = 0
+    if max_rank is not None and basis.shape[1] > max_rank:
+        # S diag(sqrt e) has orthogonal columns, so truncating its SVD is keeping the columns of largest e
+        keep = weights.argsort(descending=True, stable=True)[:max_rank].sort().values
+        evicted = basis.shape[1] - max_rank
+        basis, weights = basis[:, keep], weights[keep]
+    return Subspace(basis.contiguous().clone(), weights.to(A.dtype)), evicted
+
+
+def rotate_moments(M: Tensor, v: Tensor, Q_old: Tensor, Q_new: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments (out, r_old) carried from basis Q_old (n, r_old) to Q_new (n, r_new): O = Q_old^T Q_new.
+
+    M <- M O. v <- v (O o O) + rowmean(v) (1 - column sums of O o O): a direction new to the basis gets the row's mean second moment; with v = 0 there its
+    first steps would be 2-6 times too long.
+    """
+    O = Q_old.mT @ Q_new  # (r_old, r_new)
+    O2 = O * O
+    fresh = (1 - O2.sum(0)).clamp(0, 1)  # (r_new,)
+    return (M @ O).contiguous(), (v @ O2 + v.mean(1, keepdim=True) * fresh).contiguous()
+
+
+def coverage(X: Tensor, V: Tensor) -> float:
+    """Share of the energy of the inputs X (tokens, in) that lies in the protected span(V): ||X V||^2 / ||X||^2; 0 for X = 0."""
+    energy = float((X.double() ** 2).sum())
+    return float(((X @ V).double() ** 2).sum()) / energy if energy > 0 else 0.0
+
+
+def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
+    if space is None:
+        return None
+    V = space.basis if isinstance(space, Subspace) else space
+    if V.ndim != 2:
+        raise ValueError(f"Constraint({name}=...): a basis is a matrix (dimension, directions), got shape {tuple(V.shape)}")
+    if V.shape[1] > V.shape[0]:
+        raise ValueError(f"Constraint({name}=...): {V.shape[1]} directions cannot be orthonormal in {V.shape[0]} dimensions; is the basis transposed?")
+    if V.shape[1]:
+        error = float((V.mT.double() @ V.double() - torch.eye(V.shape[1], dtype=torch.float64, device=V.device)).abs().max())
+        if not error < 1e-4:
+            raise ValueError(f"Constraint({name}=...): columns are not orthonormal (max |V^T V - I| = {error:.1e}); pass them through forgetless.subspace.orthonormalize")
+    return V.detach().contiguous()
+
+
+class Constraint:
+    """Where the change dW (out, in) of a weight may NOT go.
+
+    inputs: V (in, b) or Subspace: dW V = 0, so inputs in span(V) see no change. outputs: U (out, a): U^T dW = 0. forbid "either" (default): both of these;
+    "both": only the block U U^T dW V V^T is removed (OSFT as its paper states it). mask: boolean (out, in), True where the weight may change; not with a basis,
+    since projecting onto one breaks the other. Raises ValueError for shapes or combinations that mean nothing.
+    """
+
+    def __init__(
+        self, inputs: Tensor | Subspace | None = None, outputs: Tensor | Subspace | None = None, forbid: str = "either", mask: Tensor | None = None
+    ):
+        self.inputs, self.outputs, self.forbid, self.mask = _basis(inputs, "inputs"), _basis(outputs, "outputs"), forbid, mask
+        if forbid not in ("either", "both"):
+            raise ValueError(f"Constraint(forbid={forbid!r}): 'either' or 'both'")
+        if forbid == "both" and (self.inputs is None or self.outputs is None):
+            raise ValueError("Constraint(forbid='both') removes the block inputs x outputs: give both bases")
+        if mask is not None and (self.inputs is not None or self.outputs is not None):
+            raise ValueError("Constraint: a mask and a basis cannot both be honoured; give one")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"Constraint(mask=...): boolean, True where the weight may change; got {mask.dtype}")
+
+    def check(self, shape: torch.Size) -> None:
+        """Raise ValueError unless the constraint fits a weight of this (out, in) shape."""
+        for V, axis, name in ((self.inputs, 1, "inputs"), (self.outputs, 0, "outputs")):
+            if V is not None and (len(shape) != 2 or V.shape[0] != shape[axis]):
+                raise ValueError(f"Constraint({name}=...): basis of dimension {V.shape[0]} for a weight of shape {tuple(shape)} (out, in)")
+        if self.mask is not None and self.mask.shape != shape:
+            raise ValueError(f"Constraint(mask=...): shape {tuple(self.mask.shape)} for a weight of shape {tuple(shape)}")
+
+    @property
+    def empty(self) -> bool:
+        return self.mask is None and all(V is None or V.shape[1] == 0 for V in (self.inputs, self.outputs))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Constraint:
+        """The same constraint on another device and in another dtype; itself when nothing has to move."""
+        tensors = [t for t in (self.inputs, self.outputs) if t is not None]
+        if all(t.device == device and t.dtype == dtype for t in tensors) and (self.mask is None or self.mask.device == device):
+            return self
+        moved = object.__new__(Constraint)
+        moved.forbid, moved.mask = self.forbid, None if self.mask is None else self.mask.to(device)
+        moved.inputs, moved.outputs = (None if V is None else V.to(device, dtype) for V in (self.inputs, self.outputs))
+        return moved
+
+    def permitted(self, D: Tensor) -> Tensor:
+        """The part of D (out, in) that may be applied."""
+        if self.mask is not None:
+            return D * self.mask
+        U, V = self.outputs, self.inputs
+        if self.forbid == "both":
+            for _ in range(2):
+                D = D - U @ ((U.mT @ D @ V) @ V.mT)
+            return D
+        D = project_out(D, V)
+        return project_out(D.mT, U).mT if U is not None and U.shape[1] else D
+
+    def forbidden_norm(self, D: Tensor) -> float:
+        """||the part of D that must not be there||, measured through the small products, so that it is not itself round-off."""
+        if self.mask is not None:
+            return float(D[~self.mask].double().norm())
+        U, V = self.outputs, self.inputs
+        D = D.double()
+        if self.forbid == "both":
+            return float((U.mT.double() @ D @ V.double()).norm())
+        right = float((D @ V.double()).norm()) if V is not None and V.shape[1] else 0.0
+        rest = D - (D @ V.double()) @ V.mT.double() if right else D
+        left = float((U.mT.double() @ rest).norm()) if U is not None and U.shape[1] else 0.0
+        return (right**2 + left**2) ** 0.5
+
+
+def leak(D: Tensor, constraint: Constraint) -> float:
+    """||forbidden part of D|| / ||D|| of a change D (out, in): the invariant of this library is that it is round-off. 0 for D = 0.
+
+    >>> leak(torch.eye(2), Constraint(inputs=torch.tensor([[1.0], [0.0]])))
+    0.7071067811865476
+    """
+    norm = float(D.double().norm())
+    constraint = constraint.to(D.device, D.dtype if D.dtype == torch.float64 else torch.float32)
+    return constraint.forbidden_norm(D) / norm if norm > 0 else 0.0

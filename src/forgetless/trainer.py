@@ -1,0 +1,168 @@
+"""The thin layer on transformers' Trainer: our optimizer, the answer-only loss, the method's hooks, progress, and a stop at the first loss that is no number.
+
+A fresh Trainer a task: optimizer, schedule and data order begin anew, as every task of a stream does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, Diverged, nearest
+from .methods.base import Method
+from .optim import SubspaceAdamW
+from .progress import Progress
+from .tasks import Task
+
+# gentle defaults for one task of a stream; anything in `train:` overrides them
+DEFAULTS = {
+    "learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "max_grad_norm": 1.0, "weight_decay": 0.0,
+    "lr_scheduler_type": "constant", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+def training_arguments(train: dict[str, Any], seed: int, output_dir: str):
+    """TrainingArguments from the config's `train` section. Raises ConfigError for an unknown name or a refused value."""
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    for key in train:
+        if key not in known:
+            raise ConfigError(f"train.{key}: TrainingArguments has no such name{nearest(key, known)[: 300]}")
+    values = DEFAULTS | train
+    if "bf16" not in train:
+        values["bf16"] = bf16_pays()
+    own = dict(output_dir=output_dir, seed=seed, save_strategy="no", eval_strategy="no", report_to=[], remove_unused_columns=False, use_cpu=values.pop("use_cpu", not torch.cuda.is_available()))
+    try:
+        return TrainingArguments(**values, **own)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: TrainingArguments refused it: {' '.join(str(error).split())[:300]}") from None
+
+
+def bf16_pays() -> bool:
+    """bf16 autocast where the hardware has the instructions (on a CPU with AVX512-BF16 a training step takes about half as long)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line for line in f if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
+@dataclasses.dataclass
+class TrainResult:
+    """What the loop wants to know of a task's training."""
+
+    optimizer: SubspaceAdamW
+    start: dict[Tensor, Tensor]  # each constrained weight as it was
+    steps: list[dict[str, Any]]  # loss, learning_rate, update_leak a step
+    autocast: bool
+
+
+def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress) -> TrainResult:
+    """Train `model` in place on `rows`. Raises Diverged, naming task and step, when the loss stops being finite."""
+    from transformers import Trainer, TrainerCallback
+
+    with tempfile.TemporaryDirectory(prefix="forgetless-") as scratch:
+        args = training_arguments(train, seed, scratch)
+        groups = method.param_groups(model)
+        trained = {p for group in groups for p in group["params"]}
+        if not trained:
+            raise ConfigError(f"method {method.name}: nothing to train")
+        for p in model.parameters():
+            p.requires_grad_(p in trained)
+        optimizer = SubspaceAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                                  weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, seed=seed)  # fmt: skip
+        if hasattr(method, "max_grad_norm"):
+            method.max_grad_norm = args.max_grad_norm
+        args.max_grad_norm = 0.0  # the Trainer clips before the projection; the optimizer does after it
+        start = {p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None for p in g["params"]}
+        log: list[dict[str, Any]] = []
+
+        class Hooks(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **_):
+                method.on_step(model)
+                optimizer.track_leak = (state.global_step + 1) % 10 == 0 or state.global_step + 1 == state.max_steps
+
+            def on_step_end(self, args, state, control, **_):
+                losses, trainer.micro_losses = trainer.micro_losses, []
+                loss = sum(losses) / len(losses)
+                log.append({"step": state.global_step, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"], "update_leak": optimizer.update_leak})
+                progress.advance(state.global_step, f"loss {loss:.3f}")
+
+        class TaskTrainer(Trainer):
+            micro_losses: list[float] = []
+
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                loss, outputs = answer_loss(model, inputs, num_items_in_batch)
+                extra = method.extra_loss(model, inputs, outputs)
+                loss = loss if extra is None else loss + extra
+                return (loss, outputs) if return_outputs else loss
+
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                value = float(loss)
+                if not torch.isfinite(torch.tensor(value)):
+                    raise Diverged(
+                        f"task '{task.name}', step {self.state.global_step + 1}: the loss is {value}. The last committed task is kept. "
+                        f"Lower train.learning_rate (now {args.learning_rate:g}) and run the same command with a new output_dir"
+                    )
+                self.micro_losses.append(value * self.args.gradient_accumulation_steps if num_items_in_batch is None else value)
+                return loss
+
+        data = [task.encode(tokenizer, example) for example in rows]
+        trainer = TaskTrainer(model=model, args=args, train_dataset=data, data_collator=Collate(), optimizers=(optimizer, None), callbacks=[Hooks()], processing_class=tokenizer)
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = True  # so that num_items_in_batch makes the loss right under accumulation
+        steps = args.max_steps if args.max_steps > 0 else _steps(len(data), args)
+        progress.stage(f"{task.name}: training", steps)
+        trainer.train()
+    for p in model.parameters():
+        p.grad = None
+        p.requires_grad_(True)
+    return TrainResult(optimizer, start, log, bool(args.bf16))
+
+
+def answer_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:
+    """Mean cross-entropy of the answer tokens: sum over them / num_items (all answer tokens of the optimizer step), or / their own number.
+
+    Rows are padded on the left, so answers end together and the head runs over the last few positions only.
+    """
+    labels = inputs["labels"]  # (B, L)
+    answer = int((labels != -100).sum(1).max())
+    keep = answer + 1  # position t predicts token t + 1
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], logits_to_keep=keep, use_cache=False)
+    logits, target = outputs.logits[:, -keep:-1].float(), labels[:, -answer:]
+    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-100, reduction="sum")
+    return loss / (num_items if num_items is not None else (labels != -100).sum()), outputs
+
+
+class Collate:
+    """Left-padded batches; padding is masked by position, never by id (pad may be eos)."""
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(r["input_ids"]) for r in rows)
+        batch = {"input_ids": torch.zeros(len(rows), length, dtype=torch.long), "labels": torch.full((len(rows), length), -100)}
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, r in enumerate(rows):
+            n = len(r["input_ids"])
+            batch["input_ids"][i, -n:], batch["labels"][i, -n:], mask[i, -n:] = torch.tensor(r["input_ids"]), torch.tensor(r["labels"]), 1
+        return batch | {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def _steps(rows: int, args) -> int:
+    import math
+
+    batches = math.ceil(rows / args.per_device_train_batch_size)
+    return math.ceil(batches / args.gradient_accumulation_steps) * math.ceil(args.num_train_epochs)
