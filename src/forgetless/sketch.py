@@ -1,6 +1,6 @@
 """A running summary of many gradients: sum over steps of G^T G in far less room than that matrix takes.
 
-Each G (m, n) is first compressed to `probes` rows by a Gaussian matrix Omega (probes, m) / sqrt(probes), which leaves E[(Omega G)^T (Omega G)] = G^T G; the rows are
+Each G (m, n) is first compressed to `probes` rows Omega G, Omega Gaussian (probes, m), scaled to ||G||: proportional to G^T G in expectation; the rows are
 then merged into at most `size` directions by truncated SVD (Frequent Directions, Liberty 2013, without the shrinkage: what is truncated is counted in `total`
 instead, so the energy rule sees what the sketch does not hold). `total` is the exact sum of ||G||^2.
 """
@@ -24,13 +24,16 @@ class Sketch:
         """Add scale * G, G (m, n)."""
         m = G.shape[0]
         if m <= self.probes:
-            Y = G.float() * scale
+            Y = G.float()
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.updates)
             omega = torch.randn(self.probes, m, generator=generator).to(G.device)
-            Y = omega @ G.float() * (scale / self.probes**0.5)
+            Y = omega @ G.float()
+        energy = float(torch.linalg.vector_norm(G.float())) * scale
+        # the probes estimate ||G||^2 with an error of some per cent, which would blur the energy rule; it is known exactly, so say it
+        Y = Y * (energy / torch.linalg.vector_norm(Y).clamp_min(torch.finfo(torch.float32).tiny))
         self.updates += 1
-        self.total += float(torch.linalg.vector_norm(G.float()) ** 2) * scale**2
+        self.total += energy**2
         self.rows = torch.cat([self.rows.to(G.device), Y])
         if self.rows.shape[0] >= 2 * self.size:
             self.compress()

@@ -65,13 +65,19 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
         scale = torch.linalg.matrix_norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
     P = A if b == 0 else project_out(A.mT, against).mT
     Q, R = torch.linalg.qr(P)
-    U, s, _ = torch.linalg.svd(R)
-    keep = s > tolerance(A.dtype) * scale
-    # bool(...) is a host sync; k is small and this runs once a refresh, not once a step
-    Q = Q @ U[:, : min(int(keep.sum()), n - b)]
-    if b:
+    U, s, Vh = torch.linalg.svd(R)
+    r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small and this runs once a refresh
+    # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
+    Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
+    if r and b:
         Q = project_out(Q.mT, against).mT
-    return torch.linalg.qr(Q)[0].contiguous() if Q.shape[1] else Q.contiguous()
+    return _qr(Q) if r else Q.contiguous()
+
+
+def _qr(A: Tensor) -> Tensor:
+    """Orthonormal factor of A (n, k), full rank, with the signs of A's columns."""
+    Q, R = torch.linalg.qr(A)
+    return (Q * R.diagonal().sign()).contiguous()
 
 
 def top_subspace(A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2) -> Subspace:
@@ -106,8 +112,13 @@ def top_subspace(A: Tensor, k: int | None = None, method: str = "gram", start: T
     else:
         raise ValueError(f"top_subspace: unknown method '{method}' (svd, gram, power)")
     V, energy = V[:, :k], energy[:k].clamp_min(0)
-    V = V[:, energy > (tolerance(A.dtype) ** 2) * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
+    floor = tolerance(A.dtype) ** 2
+    if method != "svd":
+        floor = max(floor, 4 * max(m, n) * torch.finfo(torch.float64).eps)  # a Gram matrix squares the condition number: its small eigenvalues are noise
+    V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
     energy = energy[: V.shape[1]]
+    if method != "svd" and V.shape[1]:
+        V = torch.linalg.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
     # clone: a slice would keep the whole factor alive, and is column-major
     return Subspace(V.to(A.dtype).contiguous().clone(), energy.to(A.dtype).clone())
 
@@ -120,11 +131,12 @@ def energy_rank(energies: Tensor, threshold: float, held: float = 0.0, total: fl
     >>> energy_rank(torch.tensor([6.0, 3.0, 1.0]), 0.9)
     2
     """
+    slack = 1 - 16 * torch.finfo(energies.dtype).eps  # what rounding takes away must not cost a direction
     energies = energies.double()
     total = float(held + energies.sum()) if total is None else float(total)
-    if total <= 0 or held >= threshold * total * (1 - 1e-12):
+    if total <= 0 or held >= threshold * total * slack:
         return 0
-    reached = held + torch.cumsum(energies, 0) >= threshold * total * (1 - 1e-12)
+    reached = held + torch.cumsum(energies, 0) >= threshold * total * slack
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else int((energies > 0).sum())
 
 

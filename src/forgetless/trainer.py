@@ -119,7 +119,7 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
                 self.micro_losses.append(value * self.args.gradient_accumulation_steps if num_items_in_batch is None else value)
                 return loss
 
-        data = [task.encode(tokenizer, example) for example in rows]
+        data = Encoded(task, tokenizer, rows)
         trainer = TaskTrainer(model=model, args=args, train_dataset=data, data_collator=Collate(), optimizers=(optimizer, None), callbacks=[Hooks()], processing_class=tokenizer)
         from transformers.trainer_callback import PrinterCallback
 
@@ -127,7 +127,10 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
         trainer.model_accepts_loss_kwargs = True  # so that num_items_in_batch makes the loss right under accumulation
         steps = args.max_steps if args.max_steps > 0 else _steps(len(data), args)
         progress.stage(f"{task.name}: training", steps)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(True)
@@ -146,6 +149,19 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor |
     logits, target = outputs.logits[:, -keep:-1].float(), labels[:, -answer:]
     loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-100, reduction="sum")
     return loss / (num_items if num_items is not None else (labels != -100).sum()), outputs
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Rows tokenised when they are asked for: 40 steps of 8 need not read 5,000."""
+
+    def __init__(self, task: Task, tokenizer, rows: list):
+        self.task, self.tokenizer, self.rows = task, tokenizer, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        return self.task.encode(self.tokenizer, self.rows[i])
 
 
 class Collate:

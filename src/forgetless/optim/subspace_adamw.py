@@ -264,6 +264,23 @@ class SubspaceAdamW(torch.optim.Optimizer):
             tensors += [t for t in ((c.inputs, c.outputs, c.mask) if c is not None else ()) if t is not None]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
+    def planned_bytes(self) -> int:
+        """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing)."""
+        total = 0
+        for group, p in self._each():
+            size = 8 if p.dtype == torch.float64 else 4
+            constraint = group["constraint"]
+            if group["rank"] is None:
+                total += 2 * p.numel() * size + 4
+            else:
+                m, n = p.shape if group["side"] == "inputs" else p.shape[::-1]
+                V = _sided_basis(group, constraint)
+                r = min(group["rank"], n - (0 if V is None else V.shape[1]), m)
+                total += (2 * m + n) * r * size + 4 + 8  # moments, basis, step, updates
+            total += p.numel() * size if group["weight_decay"] and not self._plain(group, p) else 0
+            total += sum(t.nbytes for t in (constraint.inputs, constraint.outputs, constraint.mask) if t is not None) if constraint is not None else 0
+        return total
+
 
 def _state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32

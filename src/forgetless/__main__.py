@@ -1,0 +1,5 @@
+"""python -m forgetless"""
+
+from .cli import main
+
+main()

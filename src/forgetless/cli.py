@@ -1,0 +1,184 @@
+"""The command line. Commands only: heavy imports stay inside them, so that --help and a config error cost no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import ConfigError, ForgetlessError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+state = {"debug": False}
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """forgetless: fine-tune a language model on one task after another without forgetting the earlier ones."""
+    state["debug"] = debug
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file; see `forgetless init`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on dotted keys, e.g. method.rank=4 tasks.0.data=x.jsonl")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    progress: Annotated[str, typer.Option(help="rich, json (one object a line on stderr), or none.")] = "rich",
+) -> None:
+    """Learn the tasks of CONFIG one after another; run it again to resume or to learn tasks added at the end.
+
+    Example: forgetless run first.yaml method.rank=4 output_dir=runs/rank4
+    """
+    from .config import load_config
+    from .progress import JsonProgress, Progress, RichProgress
+
+    kinds = {"rich": RichProgress, "json": JsonProgress, "none": Progress}
+    if progress not in kinds:
+        raise ConfigError(f"--progress {progress}: rich, json or none")
+    settings = load_config(config, overrides or [])
+    quiet_libraries()
+    from .loop import run as learn
+    from .report import write_report
+    from .report.terminal import print_matrix
+
+    shown = kinds[progress]()
+    try:
+        result = learn(settings, progress=shown)
+    finally:
+        shown.close()
+    report = write_report([result.path], result.path / "report.html")
+    if as_json:
+        print((result.path / "matrix.json").read_text())
+        return
+    if result.resumed_at == len(settings.tasks):
+        print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
+    for scorer, matrix in result.matrices.items():
+        print_matrix(matrix, scorer, settings.method.name)
+    print(f"model   {result.path / 'model'}\nreport  {report}")
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="A list of objects with name, summary, paper, constrained, options.")] = False) -> None:
+    """List the methods and their options.
+
+    Example: forgetless methods --json
+    """
+    from .methods import REGISTRY, get_class
+
+    rows = []
+    for name in REGISTRY:
+        cls = get_class(name)
+        options = {key: {"default": f.default, "type": str(f.annotation).replace("typing.", "")} for key, f in cls.Options.model_fields.items()}
+        rows.append({"name": name, "summary": cls.summary, "paper": cls.paper, "kind": cls.kind, "constrained": cls.constrained, "options": options})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(f"{row['name']:<10}{row['summary']}{'  (' + row['paper'] + ')' if row['paper'] else ''}")
+        for key, option in row["options"].items():
+            print(f"{'':<12}{key}: {json.dumps(option['default'])}")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("first.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a small working config with every choice in its comments.
+
+    Example: forgetless init first.yaml && forgetless run first.yaml
+    """
+    from importlib.resources import files
+
+    if path.exists() and not force:
+        raise ConfigError(f"{path}: exists already; --force overwrites it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(files("forgetless").joinpath("first.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"wrote {path}. Next: forgetless run {path}")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: report.html in the first folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the matrices and metrics as JSON instead.")] = False,
+) -> None:
+    """Write one self-contained HTML report of a run, or of several side by side.
+
+    Example: forgetless report runs/seqft runs/gorp --out compare.html
+    """
+    from .report import write_report
+
+    if as_json:
+        from .report import read_run
+
+        found = {}
+        for d in run_dirs:
+            read_run(d)  # says what is wrong with a folder that is no run
+            found[str(d)] = json.loads((d / "matrix.json").read_text())
+        print(json.dumps(found, indent=1))
+        return
+    print(write_report(run_dirs, out or run_dirs[0] / "report.html"))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A config to check: model, modules, bytes, tasks.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Versions and hardware; with a config also what the method would train, the bytes it would hold, and every task's rows.
+
+    Example: forgetless doctor first.yaml method.rank=4
+    """
+    from .config import load_config
+
+    settings = load_config(config, overrides or []) if config is not None else None
+    quiet_libraries()
+    from .doctor import examine, show
+
+    found = examine(settings)
+    print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and advice would drown ours."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from transformers.utils import logging as hf
+
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|transformers|accelerate")
+
+
+def main() -> None:
+    """Entry point: one clear message and the exit status of DESIGN for every error a user can cause."""
+    try:
+        app(standalone_mode=False)
+    except (typer.Exit, typer.Abort) as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+    except ForgetlessError as error:
+        if state["debug"]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        if state["debug"]:
+            raise
+        print(f"internal error: {type(error).__name__}: {error}\nThis is a defect of forgetless; run again with `forgetless --debug ...` for the traceback", file=sys.stderr)
+        sys.exit(1)

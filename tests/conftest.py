@@ -1,0 +1,79 @@
+"""Shared fixtures: a tiny random Llama with a word-level tokenizer, made in seconds, saved as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WORDS = "red green blue cat dog bird sits runs flies apple stone river happy sad calm Text Answer : yes no maybe good bad colour animal mood N / A".split()
+
+
+def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float32):
+    """A 2-layer Llama of width 32 with its tokenizer in `path`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    return make_model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+TASKS = {
+    "colour": [("cat red", "red"), ("dog green", "green"), ("bird blue", "blue")],
+    "animal": [("cat sits", "cat"), ("dog runs", "dog"), ("bird flies", "bird")],
+    "mood": [("happy apple", "happy"), ("sad stone", "sad"), ("calm river", "calm")],
+}
+
+
+def write_task(folder, name: str, rows: int = 60) -> dict:
+    """A task file pair for the tiny model and its config entry."""
+    fillers = ["apple", "stone", "river", "runs", "sits", "flies", "yes", "no", "maybe", "good"]
+    lines = []
+    for i in range(rows):
+        text, label = TASKS[name][i % 3]
+        lines.append({"sentence": f"{fillers[i % 10]} {text} {fillers[(i // 3 + i) % 10]} {fillers[(i // 7) % 10]}", "label": label})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / f"{name}_test.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:12]))
+    return {"name": name, "data": str(folder / f"{name}.jsonl"), "test": str(folder / f"{name}_test.jsonl"), "labels": [label for _, label in TASKS[name]]}
+
+
+@pytest.fixture
+def small_run(tiny, tmp_path):
+    """config(method, **changes): a run of three tasks of a few steps on the tiny model."""
+
+    def make(method="gorp", tasks=("colour", "animal", "mood"), **changes) -> dict:
+        settings = {
+            "model": tiny,
+            "tasks": [write_task(tmp_path / "data", name) for name in tasks],
+            "method": method if isinstance(method, dict) else {"name": method},
+            "train": {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True},
+            "evaluate": {"limit": 8},
+            "output_dir": str(tmp_path / "run"),
+        }
+        settings.update(changes)
+        return settings
+
+    return make

@@ -1,0 +1,386 @@
+"""The optimizer: equal to what it claims to equal, held to the reference, and no leak in any situation contract row 1 names."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from forgetless import Constraint, SubspaceAdamW, constrain
+from forgetless.evaluation.drift import leak_bound
+from forgetless.optim.reference import ReferenceAdamW
+from forgetless.subspace import leak, orthonormalize, rotate_moments
+
+GOLDEN = Path(__file__).parent / "golden" / "gorp"
+M, N = 24, 16
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def basis(n, k, seed=0, dtype=torch.float32):
+    return torch.linalg.qr(rand(n, k, seed=seed, dtype=torch.float64))[0].to(dtype).contiguous()
+
+
+def weight(dtype=torch.float32, seed=7):
+    return nn.Parameter(rand(M, N, seed=seed, dtype=dtype))
+
+
+def gradient(W, t, seed=100):
+    """A gradient with decaying spectrum that depends on W, so that errors compound."""
+    G = rand(M, N, seed=seed + t, dtype=torch.float64) * torch.logspace(0, -2, N, dtype=torch.float64)
+    return (G + 0.1 * W.detach().double()).to(W.dtype)
+
+
+def train(opt, W, steps, grad=gradient):
+    for t in range(steps):
+        W.grad = grad(W, t)
+        opt.step()
+    return W.detach()
+
+
+# -- equal to what it is said to be ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_plain_tensor_is_torchs_adamw_to_the_bit(weight_decay):
+    W, X = weight(), weight()
+    ours, theirs = SubspaceAdamW([W], lr=1e-2, weight_decay=weight_decay), torch.optim.AdamW([X], lr=1e-2, weight_decay=weight_decay, fused=True)
+    assert torch.equal(train(ours, W, 30), train(theirs, X, 30))
+
+
+KINDS = {
+    "plain": {},
+    "inputs": dict(inputs=5),
+    "outputs": dict(outputs=6),
+    "either": dict(inputs=4, outputs=5),
+    "both": dict(inputs=6, outputs=8, forbid="both"),
+}
+
+
+def constraint(kind, dtype=torch.float32):
+    spec = dict(KINDS[kind])
+    forbid = spec.pop("forbid", "either")
+    dims = {"inputs": N, "outputs": M}
+    return Constraint(**{k: basis(dims[k], v, seed=3, dtype=dtype) for k, v in spec.items()}, forbid=forbid) if spec else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rank", "moments"), [(None, "rotate"), (4, "rotate"), (4, "reset"), (4, "keep")])
+def test_fast_equals_reference_for_100_steps(kind, rank, moments, dtype):
+    c = constraint(kind, dtype)
+    W = weight(dtype)
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": rank, "refresh": "svd", "moments": moments, "scale": 0.5}], lr=3e-3, weight_decay=0.05 if c or rank else 0.0)
+    slow = ReferenceAdamW(weight(torch.float64).detach().clone(), 3e-3, weight_decay=0.05 if c or rank else 0.0, constraint=constraint(kind, torch.float64), rank=rank, moments=moments, scale=0.5)
+    for t in range(100):
+        G = gradient(slow.W, t)
+        W.grad = G.to(dtype)
+        opt.step()
+        if rank:  # the optimizer's own basis: singular vectors have no sign, and kept moments would see it
+            slow_Q = opt.state[W]["basis"].double()
+            slow.refresh = lambda G, Q=slow_Q, s=slow: refresh_with(s, Q)
+        slow.step(G)
+    torch.testing.assert_close(W.detach().double(), slow.W, atol=1e-9 if dtype == torch.float64 else 5e-5, rtol=0)
+
+
+def refresh_with(slow, Q):
+    if slow.Q is not None and slow.moments == "rotate":
+        O = slow.Q.mT @ Q
+        slow.M, slow.v = slow.M @ O, slow.v @ (O * O) + slow.v.mean(1, keepdim=True) * (1 - (O * O).sum(0))
+    elif slow.Q is not None and slow.moments == "reset":
+        slow.M = slow.v = None
+        slow.t = 0
+    slow.Q = Q
+
+
+def test_the_references_own_refresh_is_the_top_of_the_permitted_gradient():
+    V = basis(N, 3, dtype=torch.float64)
+    slow = ReferenceAdamW(rand(M, N, dtype=torch.float64), 1e-2, constraint=Constraint(inputs=V), rank=2)
+    slow.refresh(rand(M, N, seed=5, dtype=torch.float64))
+    assert (V.mT @ slow.Q).abs().max() < 1e-12 and slow.Q.shape == (N, 2)
+
+
+@pytest.mark.parametrize("refresh", ["svd", "exact"])  # the sign of a singular vector is free, and Adam does not see it: R and its step flip together
+def test_unconstrained_equals_galore_torch(refresh):
+    """galore-torch keeps its moments when the basis changes and puts eps before the bias correction; with one basis and eps 0 the two are the same method."""
+    galore = pytest.importorskip("galore_torch")
+    W, X = weight(), weight()
+    theirs = galore.GaLoreAdamW([{"params": [X], "rank": 4, "update_proj_gap": 1000, "scale": 0.25, "proj_type": "right"}], lr=1e-2, eps=1e-12, no_deprecation_warning=True)
+    ours = SubspaceAdamW([{"params": [W], "rank": 4, "refresh_gap": 1000, "scale": 0.25, "refresh": refresh}], lr=1e-2, eps=1e-12)
+    torch.testing.assert_close(train(ours, W, 100), train(theirs, X, 100), atol=3e-5, rtol=0)
+
+
+# -- the authors' arithmetic (tests/golden/gorp) ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "weight_decay"), [("plain", 0.0), ("plain_wd", None)])
+def test_the_authors_plain_adamw(case, weight_decay):
+    data = load_file(GOLDEN / "adamw.safetensors")
+    W = nn.Parameter(data["W0"].clone())
+    opt = SubspaceAdamW([W], lr=1e-2, eps=1e-6)
+    first = None
+    for t, (G, expected) in enumerate(zip(data["grads"], data[f"{case}/traj"], strict=True), 1):
+        opt.param_groups[0]["eps"] = their_eps(t)
+        before = W.detach().clone()
+        W.grad = G.clone()
+        opt.step()
+        if weight_decay is None:  # theirs decays after the step by lr * wd * W; find wd in the first step, hold it in all others
+            first = first if first is not None else float(((W - expected) / W).mean())
+            W.data = W.data * (1 - first)
+        torch.testing.assert_close(W.detach(), expected, atol=2e-6, rtol=0)
+        assert not torch.equal(before, W.detach())
+    torch.testing.assert_close(opt.state[W]["exp_avg"], data[f"{case}/exp_avg"], atol=1e-6, rtol=1e-5)
+
+
+def test_the_authors_low_rank_adamw_until_its_basis_changes_and_after_with_their_rule():
+    """Their state is in GaLore's "right" coordinates with the moments kept at a refresh; ours in mode "keep" is the same arithmetic, up to the sign of singular vectors."""
+    data = load_file(GOLDEN / "adamw.safetensors")
+    W = nn.Parameter(data["W0"].clone())
+    opt = SubspaceAdamW([{"params": [W], "rank": 3, "refresh_gap": 1000, "refresh": "svd", "moments": "keep"}], lr=1e-2, eps=1e-6)
+    gap = next((t for t in range(1, 25) if not _same_basis(data, t)), 25)
+    for t in range(gap):
+        opt.param_groups[0]["eps"] = their_eps(t + 1)
+        W.grad = data["grads"][t].clone()
+        opt.step()
+        torch.testing.assert_close(W.detach(), data["galore/traj"][t], atol=3e-6, rtol=0)
+    assert gap >= 5
+
+
+def their_eps(t):
+    """They add eps before the bias correction, torch after it: the same number once divided by sqrt(1 - beta2^t)."""
+    return 1e-6 / (1 - 0.999**t) ** 0.5
+
+
+def _same_basis(data, t):
+    """Do their first t+1 steps all lie in the row space of the first one?"""
+    D = data["galore/traj"][t] - data["W0"]
+    first = torch.linalg.svd(data["galore/traj"][0] - data["W0"]).Vh[:3]
+    return float((D - D @ first.mT @ first).norm() / D.norm()) < 1e-4
+
+
+def test_the_authors_projected_gradient_leaks_and_ours_does_not():
+    """`gp`: the gradient is projected, then Adam divides element by element: the applied update comes back into the protected space. B is out x 3."""
+    data = load_file(GOLDEN / "adamw.safetensors")
+    c = Constraint(outputs=data["B"].contiguous())
+    D = data["gp/traj"][-1] - data["gp/traj"][0]
+    assert leak(D, c) > 0.1
+    W = nn.Parameter(data["W0"].clone())
+    opt = SubspaceAdamW([{"params": [W], "constraint": c}], lr=1e-2, eps=1e-6)
+    for G in data["grads"]:
+        W.grad = G.clone()
+        opt.step()
+    assert leak(W.detach().double() - data["W0"].double(), Constraint(outputs=data["B"].double())) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["14x10", "12x12", "9x3"])
+@pytest.mark.parametrize("r", [3, 8])
+def test_the_authors_projector(shape, r):
+    """l0 = G Q and b0 = scale * l0 Q^T of the "right" projector, and after a refresh l2: our first step's gradient lives in the same coordinates."""
+    data = load_file(GOLDEN / "projector.safetensors")
+    G = data[f"G_{shape}"]
+    W = nn.Parameter(torch.zeros_like(G))
+    opt = SubspaceAdamW([{"params": [W], "rank": r, "refresh": "svd"}])
+    W.grad = G.clone()
+    opt.step()
+    Q = opt.state[W]["basis"]
+    k = min(r, *G.shape)
+    torch.testing.assert_close((G @ Q).abs(), data[f"{shape}/right/r{r}/l0"][:, :k].abs(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(0.25 * G @ Q @ Q.mT, data[f"{shape}/right/r{r}/b0"], atol=2e-5, rtol=1e-4)
+
+
+# -- contract row 1: no leak ----------------------------------------------------------------------------------------------------------
+
+
+def full_gradient(W, t):
+    return gradient(W, t)
+
+
+def rank_deficient(W, t):
+    return (rand(M, 2, seed=t) @ rand(2, N, seed=9)).to(W.dtype)
+
+
+def sometimes_zero(W, t):
+    return torch.zeros_like(W) if t % 3 == 0 else gradient(W, t)
+
+
+@pytest.mark.parametrize("grad", [full_gradient, rank_deficient, sometimes_zero], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("rank", "side", "refresh"), [(None, "inputs", "cold"), *((4, side, how) for side in ("inputs", "outputs") for how in ("cold", "warm", "exact", "svd"))])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_leak_after_50_steps_with_decay_and_clipping(kind, refresh, rank, side, grad, dtype):
+    c = constraint(kind, dtype)
+    W = weight(dtype)
+    start = W.detach().clone()
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}], lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+    opt.track_leak = True
+    worst = 0.0
+    for t in range(50):
+        W.grad = grad(W, t)
+        opt.step()
+        worst = max(worst, opt.update_leak)
+    assert worst < (1e-5 if dtype == torch.float32 else 1e-10)
+    D = W.detach().double() - start.double()
+    assert float(D.norm()) > 1e-3  # it did learn
+    assert c.to(D.device, torch.float64).forbidden_norm(D) <= leak_bound(c, W.detach(), float(D.norm()), 50)
+
+
+def test_the_leak_tests_would_fail_without_the_projection_after_adam():
+    """Break it once: Adam on the projected gradient alone, as released code does."""
+    c, W = constraint("inputs"), weight()
+    opt = torch.optim.AdamW([W], lr=1e-3)
+    start = W.detach().clone()
+    for t in range(50):
+        W.grad = c.permitted(gradient(W, t))
+        opt.step()
+    assert leak(W.detach() - start, c) > 0.05
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_space_that_leaves_fewer_than_r_directions(left):
+    c = Constraint(inputs=basis(N, N - left))
+    W = weight()
+    start = W.detach().clone()
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4}], lr=1e-2)
+    train(opt, W, 25)
+    if left == 0:
+        assert torch.equal(W.detach(), start) and "basis" not in opt.state[W]
+    else:
+        assert opt.state[W]["basis"].shape == (N, left)
+        assert leak(W.detach().double() - start.double(), c) < 1e-4
+
+
+def test_a_gradient_wholly_inside_the_space_moves_nothing():
+    V = basis(N, 3)
+    for rank in (None, 2):
+        W = weight()
+        start = W.detach().clone()
+        train(SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=V), "rank": rank}], lr=1e-2), W, 10, lambda W, t: rand(M, 3, seed=t) @ V.mT)
+        assert float((W.detach() - start).abs().max()) < (1e-12 if rank else 0.5)
+        assert leak(W.detach() - start, Constraint(inputs=V)) < 1e-4
+
+
+def test_the_whole_zero_gradient_chooses_no_basis():
+    W = weight()
+    opt = SubspaceAdamW([{"params": [W], "rank": 2}])
+    train(opt, W, 3, lambda W, t: torch.zeros_like(W))
+    assert "basis" not in opt.state[W]
+    train(opt, W, 1)
+    assert opt.state[W]["basis"].shape == (N, 2)
+
+
+# -- constrain: any torch optimizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)])
+def test_constrain_any_torch_optimizer(make):
+    W, free = weight(torch.float64), nn.Parameter(rand(3, 3, dtype=torch.float64))
+    c = Constraint(inputs=basis(N, 4, dtype=torch.float64))
+    opt = make([W, free])
+    handle = constrain(opt, {W: c})
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 10)  # still a torch optimizer to everyone else
+    start, free_start = W.detach().clone(), free.detach().clone()
+    for t in range(50):
+        W.grad, free.grad = gradient(W, t), torch.ones_like(free)
+        opt.step()
+        scheduler.step()
+    assert leak(W.detach() - start, c) < 1e-10 and float((W - start).norm()) > 1e-3
+    assert not torch.equal(free.detach(), free_start)
+    handle.remove()
+    train(opt, W, 2)
+    assert leak(W.detach() - start, c) > 1e-9
+
+
+def test_constrain_refuses_a_weight_the_optimizer_does_not_train():
+    with pytest.raises(ValueError, match="not among"):
+        constrain(torch.optim.SGD([weight()], lr=0.1), {weight(): Constraint(inputs=basis(N, 2))})
+
+
+# -- state ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_survives_a_file_loaded_with_weights_only_and_stays_fp32(dtype):
+    def make(W, free):
+        c = Constraint(inputs=basis(N, 3))
+        return SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "weight_decay": 0.1}, {"params": [free]}], lr=1e-2, max_grad_norm=1.0)
+
+    def steps(opt, W, free, a, b):
+        for t in range(a, b):
+            W.grad, free.grad = gradient(W, t), rand(5, seed=t).to(dtype)
+            opt.step()
+
+    W, free = weight(dtype), nn.Parameter(rand(5).to(dtype))
+    opt = make(W, free)
+    steps(opt, W, free, 0, 13)
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    W2, free2 = nn.Parameter(W.detach().clone()), nn.Parameter(free.detach().clone())
+    again = make(W2, free2)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert all(v.dtype == torch.float32 for v in again.state[W2].values() if v.is_floating_point())
+    steps(opt, W, free, 13, 35)
+    steps(again, W2, free2, 13, 35)
+    assert torch.equal(W, W2) and torch.equal(free, free2)
+    assert all(torch.is_tensor(v) for s in again.state.values() for v in s.values())
+
+
+def test_planned_bytes_are_the_measured_ones():
+    W, X = weight(), weight(seed=8)
+    opt = SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=basis(N, 3)), "rank": 4}, {"params": [X]}, ], lr=1e-2)
+    planned = opt.planned_bytes()
+    for t in range(12):
+        W.grad, X.grad = gradient(W, t), gradient(X, t)
+        opt.step()
+    assert opt.state_bytes() == planned
+
+
+def test_clipping_is_after_the_projection():
+    """A huge forbidden part must not shrink the permitted step."""
+    V = basis(N, 2)
+    small = Constraint(inputs=V).permitted(gradient(weight(), 0)) * 1e-3
+    W = weight()
+    opt = SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=V)}], lr=1e-2, max_grad_norm=1.0)
+    W.grad = small + 1e4 * rand(M, 2) @ V.mT
+    opt.step()
+    assert float(opt.grad_norm) < 1.0
+
+
+def test_the_update_rms_is_flat_across_a_refresh():
+    W = nn.Parameter(torch.zeros(64, 48))
+    opt = SubspaceAdamW([{"params": [W], "rank": 8, "refresh_gap": 20}], lr=1e-3)
+    sizes = []
+    for t in range(60):
+        before = W.detach().clone()
+        W.grad = rand(64, 48, seed=t)
+        opt.step()
+        sizes.append(float((W.detach() - before).norm()))
+    for refresh in (20, 40):
+        assert 0.5 < sizes[refresh] / sizes[refresh - 1] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (dict(rank=0), "at least 1"), (dict(refresh="never"), "refresh='never'"), (dict(side="top"), "side='top'"), (dict(moments="forget"), "moments"),
+        (dict(constraint=Constraint(inputs=basis(5, 2))), "dimension 5"), (dict(refresh_gap=0), "at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_groups_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        SubspaceAdamW([{"params": [weight()], **group}])
+    with pytest.raises(ValueError, match="matrix"):
+        SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(3))], "rank": 2}])
+
+
+def test_orthonormalize_and_rotate_are_what_the_optimizer_uses():
+    """Guard the import: a copy of these in the optimizer would escape their tests."""
+    import forgetless.optim.subspace_adamw as module
+
+    assert module.orthonormalize is orthonormalize and module.rotate_moments is rotate_moments
