@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -95,8 +96,11 @@ def init(
 
     if path.exists() and not force:
         raise ConfigError(f"{path}: exists already; --force overwrites it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(files("forgetless").joinpath("first.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files("forgetless").joinpath("first.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
     print(f"wrote {path}. Next: forgetless run {path}")
 
 
@@ -117,7 +121,7 @@ def report(
 
         found = {}
         for d in run_dirs:
-            read_run(d)  # says what is wrong with a folder that is no run
+            read_run(d, d.name)  # says what is wrong with a folder that is no run
             found[str(d)] = json.loads((d / "matrix.json").read_text())
         print(json.dumps(found, indent=1))
         return
@@ -152,6 +156,7 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # before its import: one line about kernels comes from there
     from transformers.utils import logging as hf
 
     hf.set_verbosity_error()
@@ -163,22 +168,27 @@ def quiet_libraries() -> None:
 def main() -> None:
     """Entry point: one clear message and the exit status of DESIGN for every error a user can cause."""
     try:
-        app(standalone_mode=False)
-    except (typer.Exit, typer.Abort) as stop:
-        sys.exit(getattr(stop, "exit_code", 130))
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
-    except ForgetlessError as error:
-        if state["debug"]:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = app(standalone_mode=False) or 0  # typer returns the status of an Exit, 130 after Ctrl-C
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"error: {error.format_message()}", file=sys.stderr)
-            sys.exit(2)
         if state["debug"]:
-            raise
-        print(f"internal error: {type(error).__name__}: {error}\nThis is a defect of forgetless; run again with `forgetless --debug ...` for the traceback", file=sys.stderr)
-        sys.exit(1)
+            traceback.print_exc()
+        code = explain(error)
+    if code == 130:
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: Exception) -> int:
+    """The message on stderr; returns the exit status."""
+    if isinstance(error, ForgetlessError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        help_asked = message.startswith("Usage:")  # the bare command
+        print(message if help_asked else f"error: {message}" + (f" See: {context.command_path} --help" if context else ""), file=sys.stderr)
+        return 2
+    print(f"internal error: {type(error).__name__}: {error}\nThis is a defect of forgetless; run again with `forgetless --debug ...` for the traceback", file=sys.stderr)
+    return 1

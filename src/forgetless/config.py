@@ -16,9 +16,16 @@ from .errors import ConfigError, nearest
 
 # TrainingArguments that belong to the loop; a user who sets them would fight it
 OWN_TRAIN_KEYS = {
-    "output_dir": "output_dir (top level)", "seed": "seed (top level)", "data_seed": "seed (top level)", "save_strategy": "nothing: tasks are saved when they end",
-    "eval_strategy": "evaluate", "report_to": "nothing: see timing.jsonl", "remove_unused_columns": "nothing", "optim": "method",
+    "output_dir": "use output_dir at the top level", "seed": "use seed at the top level", "data_seed": "use seed at the top level",
+    "save_strategy": "take it out, a task is saved when it ends", "eval_strategy": "use the section evaluate", "optim": "use the section method",
+    "report_to": "take it out, losses are in timing.jsonl", "remove_unused_columns": "take it out", "push_to_hub": "take it out, nothing leaves this machine",
 }  # fmt: skip
+# the numbers of `train` that transformers reads without a look, and their least values; the others it checks itself
+LEAST = {
+    "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "num_train_epochs": 0.0,
+    "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+COLUMNS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion")}  # what a row of each format has
 
 
 class _Model(BaseModel):
@@ -56,10 +63,37 @@ class TaskConfig(_Model):
             raise ValueError(f"task name {name!r} becomes a folder name: letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64, no '..'")
         return name
 
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_text(cls, prompt: str | None) -> str | None:
+        try:
+            if prompt is not None and "\0" not in prompt.format(sentence="\0"):
+                raise KeyError("sentence")
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(f"prompt {prompt!r} must contain {{sentence}} and no other braces (write {{{{ for a literal one)") from None
+        return prompt
+
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
         if (self.suite is None) == (self.data is None):
             raise ValueError(f"task '{self.name}': give either suite (a benchmark task such as demo/cities) or data (a file)")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> TaskConfig:
+        """A setting that would have no effect is a mistake, and the user should know."""
+        if self.suite is not None:
+            for key in ("test", "dev", "labels", "columns"):
+                if getattr(self, key):
+                    raise ValueError(f"task '{self.name}': {key} goes with data; a suite brings its own. Take it out")
+        known = COLUMNS[self.format]
+        for column in self.columns:
+            if column not in known:
+                raise ValueError(f"task '{self.name}': columns has no use for {column!r}; format {self.format} renames {', '.join(known)}, as in {{{known[0]}: text}}")
+        if self.labels is not None and self.format != "classification":
+            raise ValueError(f"task '{self.name}': labels go with format: classification, this one is {self.format}")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"task '{self.name}': labels names {max(self.labels, key=self.labels.count)!r} twice")
         return self
 
 
@@ -85,7 +119,7 @@ class EvaluateConfig(_Model):
 class RunConfig(_Model):
     """A run. See docs in README.md, section "The configuration"."""
 
-    model: str
+    model: str = Field(min_length=1)
     trust_remote_code: bool = False
     tasks: list[TaskConfig] = Field(min_length=1)
     method: MethodConfig
@@ -96,8 +130,8 @@ class RunConfig(_Model):
     """Model versions kept: all, or `last N`. What is needed to go on is always kept."""
     store: Literal["nothing", "prompts", "rows"] = "rows"
     """What the run folder may hold of the data: nothing, the prompts, or whole rows."""
-    seed: int = 0
-    output_dir: str
+    seed: int = Field(0, ge=0, le=4_000_000)  # times 1000 plus the task's number must fit numpy's 32 bits
+    output_dir: str = Field(min_length=1)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -125,7 +159,12 @@ class RunConfig(_Model):
     def _not_ours(cls, train: dict[str, Any]) -> dict[str, Any]:
         for key in train:
             if key in OWN_TRAIN_KEYS:
-                raise ValueError(f"train.{key} is set by forgetless; use {OWN_TRAIN_KEYS[key]}")
+                raise ValueError(f"train.{key} is set by forgetless; {OWN_TRAIN_KEYS[key]}")
+        for key in LEAST.keys() & train.keys():
+            kind = "a whole number" if isinstance(LEAST[key], int) else "a number"
+            value = train[key]
+            if isinstance(value, bool) or not isinstance(value, int if isinstance(LEAST[key], int) else (int, float)) or not value >= LEAST[key]:
+                raise ValueError(f"train.{key} must be {kind}, at least {LEAST[key]:g}; got {value!r}")
         return train
 
     @model_validator(mode="after")
@@ -151,10 +190,11 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
             raise ConfigError(f"{path}: no such config file. Make one with: forgetless init {path}")
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-02-31
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
-            raise ConfigError(f"{path}: a config is a mapping with model, tasks, method and output_dir; got {type(data).__name__}")
+            got = "it is empty" if data is None else f"got {type(data).__name__}"
+            raise ConfigError(f"{path}: a config is a mapping with model, tasks, method and output_dir; {got}")
     data = _copy(data)
     for override in overrides:
         _apply(data, override)
@@ -177,7 +217,7 @@ def _apply(data: dict, override: str) -> None:
         raise ConfigError(f"override '{override}': write key=value, for example method.rank=4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override '{override}': the value is not valid YAML") from None
     *path, last = key.split(".")
     node: Any = data
@@ -209,7 +249,11 @@ def _explain(error: dict) -> str:
                 known = {"tasks": TaskConfig, "evaluate": EvaluateConfig, "method": MethodConfig}.get(part, known)
         return f"unknown key '{key}'{nearest(str(error['loc'][-1]), known.model_fields)}"
     if error["type"] == "missing":
-        return f"'{key}' is missing"
+        return f"'{key}' is missing; forgetless init writes a config to start from"
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{key}: must be a section, key: value; got {error['input']!r}"
+    if error["type"] == "string_type":
+        return f"{key}: {error['input']!r} is not text; put it in quotes (YAML reads yes, no, on and off as true and false)"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 

@@ -6,10 +6,12 @@ A commit is one rename: everything of a task is written beside, synced, renamed 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,20 +35,44 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir {self.path}: is a file")
         if self.path.is_dir():
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in FILES | TEMPORARY)
-            if foreign or (any(self.path.iterdir()) and not (self.path / "run.yaml").is_file() and not (self.path / ".lock").is_file()):
-                raise ConfigError(f"output_dir {self.path}: not empty and not a run of forgetless (it has {', '.join(foreign[:3]) or 'no run.yaml'}). Nothing was touched; choose another folder")
+            self._refuse_foreign()
+        self._found = self.path.is_dir()
         try:
             (self.path / "tasks").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")
         except OSError as error:
             raise ConfigError(f"output_dir {self.path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
+                raise BlockingIOError  # whoever held it has just closed and removed it
         except OSError:
+            self._lock.close()
             raise ConfigError(f"output_dir {self.path}: another process is running there; wait for it, or choose another folder") from None
 
+    def _refuse_foreign(self) -> None:
+        """A folder of somebody else is never written to, not even one that has names of ours in it."""
+        entries = sorted(p.name for p in self.path.iterdir())
+        tasks = self.path / "tasks"
+        foreign = [name for name in entries if name not in FILES | TEMPORARY]
+        foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
+        ours = {".lock", "current"} & set(entries)
+        if (model := self.path / "model").exists() and not model.is_symlink():
+            if "current" in entries and not foreign:
+                raise ConfigError(f"output_dir {self.path}: model is not the link to the current task's model; move it away, the link comes back")
+            foreign.append("model")
+        if foreign or (entries and not ours):
+            found = ", ".join((foreign or entries)[:3])
+            raise ConfigError(f"output_dir {self.path}: not empty and not a run of forgetless (it has {found}). Nothing was touched; choose another folder")
+
     def close(self) -> None:
+        """Unlock. A folder in which nothing began is left as it was found."""
+        if not (self.path / "run.yaml").exists():
+            with contextlib.suppress(OSError):
+                (self.path / "tasks").rmdir()  # fails where something is in it
+                (self.path / ".lock").unlink()
+                if not self._found:
+                    self.path.rmdir()
         self._lock.close()
 
     # -- the commits -----------------------------------------------------------------------------------------------------------------
@@ -54,9 +80,9 @@ class RunFolder:
     def repair(self) -> None:
         """Drop what an interrupted commit left beyond `current`."""
         done = self.committed()
-        lines = self.lineage()
-        if len(lines) > len(done):
-            write_atomic(self.path / "lineage.jsonl", "".join(canonical(line) + "\n" for line in lines[: len(done)]))
+        kept = "".join(canonical(line) + "\n" for line in self.lineage()[: len(done)])
+        if kept != _read(self.path / "lineage.jsonl"):  # a torn last line too: the next commit would go on behind it
+            write_atomic(self.path / "lineage.jsonl", kept)
         for folder in (self.path / "tasks").iterdir():
             if folder.name not in done:
                 shutil.rmtree(folder)
@@ -70,16 +96,26 @@ class RunFolder:
         last = current.read_text().strip()
         names = [f"{line['index']:02d}-{line['task']}" for line in self.lineage()]
         if last not in names:
-            raise DataError(f"{self.path}: `current` says {last}, which lineage.jsonl does not know; the folder is damaged")
-        return names[: names.index(last) + 1]
+            raise self._damaged(f"`current` says {last}, which lineage.jsonl does not know")
+        done = names[: names.index(last) + 1]
+        for file in ("run.yaml", *(f"tasks/{name}/metrics.json" for name in done)):
+            if not (self.path / file).is_file():
+                raise self._damaged(f"{file} is missing")
+        return done
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(f"{self.path}: damaged: {what}. Bring the folder back from a copy, or start another output_dir")
 
     def lineage(self) -> list[dict[str, Any]]:
         lines = []
         for text in _read(self.path / "lineage.jsonl").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break  # the line being written when the power went
+            if not isinstance(line, dict) or not {"index", "task", "hash"} <= line.keys():
+                break
+            lines.append(line)
         return lines
 
     def commit(self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor], metrics: dict, predictions: list[dict], entry: dict[str, Any], keep: str) -> dict[str, Any]:
@@ -144,7 +180,11 @@ class RunFolder:
         return [self.metrics(name)["scores"].get(scorer, []) for name in self.committed()]
 
     def metrics(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / "tasks" / name / "metrics.json").read_text())
+        file = self.path / "tasks" / name / "metrics.json"
+        try:
+            return json.loads(file.read_text())
+        except ValueError:
+            raise self._damaged(f"{file.relative_to(self.path)} is not valid JSON") from None
 
     def note_time(self, **event: Any) -> None:
         with (self.path / "timing.jsonl").open("a") as f:

@@ -72,6 +72,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code)
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
+    for task in stream:
+        task.encode_prompt(tokenizer, "")  # a prompt that cannot fit is refused now, not after hours
     memory = folder.memory(done[-1]) if done else Memory()
     if not done:
         method.param_groups(model)  # no module matched: say so before the folder has anything in it
@@ -94,7 +96,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         last = len(stream) - 1 if config.evaluate.unseen else index
         scores, counts, drift, predictions = evaluate(model, tokenizer, stream, last, config, trained.autocast, progress)
         recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
-        covered = cover(folder, stream, index, model, memory, recorded)
+        covered = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
         record = measured(trained.steps, leak, method.report(memory), covered) | {"state_bytes": state_bytes}
         metrics = {"task": task.name, "index": index, "scores": scores, "n": counts, "failures": drift, "protection": record}
         entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": scores}
@@ -131,9 +133,8 @@ def evaluate(model, tokenizer, stream: TaskStream, last: int, config: RunConfig,
 # -- what is written down --------------------------------------------------------------------------------------------------------------
 
 
-def cover(folder: RunFolder, stream: TaskStream, index: int, model, memory: Memory, recorded: dict) -> dict[str, dict[str, float]]:
+def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict, recorded: dict) -> dict[str, dict[str, float]]:
     """For this task and each earlier one: share of its recorded inputs inside the protected space, and how far each layer's answer to them has moved."""
-    spaces = {key.removesuffix(".basis"): V for key, V in memory.tensors.items() if key.endswith(".basis")}
     inputs = {task.name: folder.recorded(f"{i:02d}-{task.name}") for i, task in enumerate(stream.tasks[:index])} | {stream[index].name: recorded}
     return {name: measure_coverage(model, r, spaces) for name, r in inputs.items() if r}
 
@@ -199,9 +200,8 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
         return done
     old = load_config(yaml.safe_load((folder.path / "run.yaml").read_text()))
     before, now = comparable(old), comparable(config)
-    for key in now:
-        if before[key] != now[key]:
-            raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {before[key]}, now {key}: {now[key]}. Choose another output_dir, or the old setting")
+    for key, was, value in differences(before, now):
+        raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {value}. Choose another output_dir, or the old setting")
     for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):
         if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256:
             what = "is missing" if task is None else "has another name" if line["task"] != task.name else "has other data or another prompt"
@@ -209,6 +209,13 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
     if len(stream) > len(done):
         write_atomic(folder.path / "run.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     return done
+
+
+def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) where two nested mappings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in {**a, **b} for d in differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if a == b else [(key, a, b)]
 
 
 def peak_bytes() -> int:

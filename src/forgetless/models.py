@@ -40,9 +40,11 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = tor
     except Exception as error:  # every loader below raises its own kind; the user needs one message
         raise DataError(f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     except Exception as error:
         raise DataError(f"model '{name}': cannot be loaded as a causal language model ({_first_line(error)})") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise DataError(f"model '{name}': its weights lack {len(missing)} tensors of a {type(model).__name__} ({', '.join(missing[:3])}); give a whole model")
     if tokenizer.eos_token_id is None:
         raise DataError(f"model '{name}': its tokenizer has no end-of-sequence token, so a model could not learn where an answer ends; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -59,7 +61,7 @@ def resolve(name: str) -> str:
             raise DataError(f"model '{name}': the folder has no config.json; give a Hugging Face model folder (such as a run's model/), a hub id, or bundled:smollm2-135m")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"model '{name}': no such folder")
+        raise DataError(f"model '{name}': no such folder; give a Hugging Face model folder, a hub id, or bundled:smollm2-135m")
     return name
 
 
@@ -68,8 +70,8 @@ def _refuse_remote_code(name: str, path: str, trusted: bool) -> None:
     if trusted or not config.is_file():
         return
     try:
-        wants = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        wants = "auto_map" in dict(json.loads(config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         raise DataError(f"model '{name}': {config} is not valid JSON") from None
     if wants:
         raise DataError(f"model '{name}': wants to run its own Python code (auto_map in config.json). If you trust it, set trust_remote_code: true")

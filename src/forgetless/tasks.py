@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, TaskConfig
-from .errors import DataError, nearest
+from .config import COLUMNS, RunConfig, TaskConfig
+from .errors import ConfigError, DataError, nearest
 
 DEFAULT_PROMPT = "Text: {sentence}\nAnswer:"
-CONTENT_FREE = "N/A"  # Zhao et al. 2021: what the model answers to this is its bias, not its knowledge
-SPLIT_KEYS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion")}
+CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021 (arXiv 2102.09690): what the model answers to these is its bias, not its knowledge
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,11 @@ class TaskStream:
 
 def load_stream(config: RunConfig) -> TaskStream:
     """Read every file of every task, so that the first bad row is found before the first step. Raises DataError, ConfigError."""
-    return TaskStream([load_task(task, config.seed) for task in config.tasks])
+    stream = TaskStream([load_task(task, config.seed) for task in config.tasks])
+    for task in stream:
+        if not task.split(config.evaluate.split):
+            raise ConfigError(f"evaluate.split: task '{task.name}' has no {config.evaluate.split} rows; give it a {config.evaluate.split} file")
+    return stream
 
 
 def load_task(config: TaskConfig, seed: int = 0) -> Task:
@@ -114,7 +119,7 @@ def load_task(config: TaskConfig, seed: int = 0) -> Task:
         try:
             suite = suites.load(config.suite, seed=seed, **config.suite_options)
         except TypeError as error:
-            raise DataError(f"task '{config.name}': suite_options: {error}") from None
+            raise ConfigError(f"task '{config.name}': suite_options: {error}") from None
         splits = {name: [Example(r["sentence"], r["label"], i) for i, r in enumerate(getattr(suite, name))] for name in ("train", "dev", "test")}
         task = Task(config.name, config.prompt or suite.prompt, **splits, labels=list(suite.labels), source=suite.source,
                     max_text_tokens=config.max_text_tokens, max_prompt_tokens=config.max_prompt_tokens)  # fmt: skip
@@ -142,28 +147,23 @@ def sample(rows: Sequence[Example], limit: int | None, seed: int) -> list[Exampl
 def _from_files(config: TaskConfig) -> Task:
     where = f"task '{config.name}'"
     template = config.prompt or (DEFAULT_PROMPT if config.format == "classification" else "{sentence}")
-    try:
-        if template.format(sentence="\0").count("\0") < 1:
-            raise KeyError("sentence")
-    except (KeyError, IndexError, ValueError):
-        raise DataError(f"{where}: prompt {template!r} must contain {{sentence}} and no other braces (write {{{{ for a literal one)") from None
     train_all = read_rows(config.data, config)
     labels = None
     if config.format == "classification":
         labels = config.labels or sorted({e.answer for e in train_all})
         if len(labels) < 2:
             raise DataError(f"{where}: {config.data} has the single label {labels}; a classification task needs two or more (or format: prompt_completion)")
-        _check_labels(train_all, labels, config.data)
+        _check_labels(train_all, labels, config.data, config.name)
     if config.test is not None:
         rest, test = train_all, read_rows(config.test, config)
         if labels:
-            _check_labels(test, labels, config.test)
+            _check_labels(test, labels, config.test, config.name)
     else:
         rest, test = carve(train_all, "test")
     if config.dev is not None:
         train, dev = rest, read_rows(config.dev, config)
         if labels:
-            _check_labels(dev, labels, config.dev)
+            _check_labels(dev, labels, config.dev, config.name)
     else:
         train, dev = carve(rest, "dev")
     seen = {_normal(e.text) for e in train}
@@ -174,7 +174,7 @@ def _from_files(config: TaskConfig) -> Task:
 
 def read_rows(path: str, config: TaskConfig) -> list[Example]:
     """Rows of one file; a bad one is fatal and named by file and line (or row, in a JSON list)."""
-    text_key, answer_key = SPLIT_KEYS[config.format]
+    text_key, answer_key = COLUMNS[config.format]
     text_column, answer_column = config.columns.get(text_key, text_key), config.columns.get(answer_key, answer_key)
     examples = []
     for place, row in _raw_rows(path, config.name):
@@ -182,11 +182,13 @@ def read_rows(path: str, config: TaskConfig) -> list[Example]:
             raise DataError(f"{place}: expected an object such as {{{text_key!r}: ..., {answer_key!r}: ...}}, got {type(row).__name__}")
         if answer_key == "completion" and answer_column not in row and "answer" in row:
             row = row | {answer_column: row["answer"]}
-        for column in (text_column, answer_column):
+        for key, column in ((text_key, text_column), (answer_key, answer_column)):
             if column not in row:
-                raise DataError(f"{place}: no '{column}'{nearest(column, row)}. Rename columns with columns: {{{text_key}: ...}}")
+                raise DataError(f"{place}: no '{column}'{nearest(column, row)}. Rename columns with columns: {{{key}: ...}}")
             if not isinstance(row[column], (str, int)) or isinstance(row[column], bool) or not str(row[column]).strip():
                 raise DataError(f"{place}: '{column}' is {row[column]!r}; it must be text that is not empty")
+            if any("\ud800" <= c <= "\udfff" for c in str(row[column])):
+                raise DataError(f"{place}: '{column}' holds half a character (a lone surrogate, often an emoji cut in two); mend or drop the row")
         examples.append(Example(str(row[text_column]), str(row[answer_column]).strip() if config.format == "classification" else str(row[answer_column]), len(examples)))
     if not examples:
         raise DataError(f"{path}: the file has no rows (task '{config.name}')")
@@ -199,7 +201,7 @@ def _raw_rows(path: str, task: str) -> Iterable[tuple[str, Any]]:
         raise DataError(f"task '{task}': no such data file: {path}")
     try:
         text = gzip.decompress(file.read_bytes()).decode("utf-8") if file.suffix == ".gz" else file.read_text(encoding="utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     name = file.name.removesuffix(".gz")
     if name.endswith(".jsonl"):
@@ -222,14 +224,11 @@ def _raw_rows(path: str, task: str) -> Iterable[tuple[str, Any]]:
         raise DataError(f"{path}: unknown kind of file; .jsonl, .json and .json.gz are read")
 
 
-def _check_labels(examples: list[Example], labels: list[str], path: str | None) -> None:
-    known = set(labels)
-    if all(e.answer in known for e in examples):
-        return
-    bad = next(e for e in examples if e.answer not in known)
-    kind = "line" if ".jsonl" in str(path) else "row"
-    # rows are numbered without blank lines; good enough to find it, and exact in files without them
-    raise DataError(f"{path}, {kind} {bad.row + 1}: label {bad.answer!r} is outside the set{nearest(bad.answer, labels)}")
+def _check_labels(examples: list[Example], labels: list[str], path: str, task: str) -> None:
+    bad = next((e for e in examples if e.answer not in labels), None)
+    if bad is not None:
+        place, _ = next(itertools.islice(_raw_rows(path, task), bad.row, None))  # read again: rows are numbered without the blank lines
+        raise DataError(f"{place}: label {bad.answer!r} is outside the set{nearest(bad.answer, labels)}")
 
 
 def carve(rows: list[Example], split: str) -> tuple[list[Example], list[Example]]:

@@ -95,7 +95,7 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
 
             def on_step_end(self, args, state, control, **_):
                 losses, trainer.micro_losses = trainer.micro_losses, []
-                loss = sum(losses) / len(losses)
+                loss = sum(losses)  # each micro-batch carries its share: of the step's answer tokens, or 1 / accumulation steps
                 log.append({"step": state.global_step, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"], "update_leak": optimizer.update_leak})
                 progress.advance(state.global_step, f"loss {loss:.3f}")
 
@@ -114,9 +114,9 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
                 if not torch.isfinite(torch.tensor(value)):
                     raise Diverged(
                         f"task '{task.name}', step {self.state.global_step + 1}: the loss is {value}. The last committed task is kept. "
-                        f"Lower train.learning_rate (now {args.learning_rate:g}) and run the same command with a new output_dir"
+                        f"{advice(args.learning_rate)}"
                     )
-                self.micro_losses.append(value * self.args.gradient_accumulation_steps if num_items_in_batch is None else value)
+                self.micro_losses.append(value)
                 return loss
 
         data = Encoded(task, tokenizer, rows)
@@ -131,10 +131,16 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
             trainer.train()
         finally:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
+    if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
+        raise Diverged(f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}")
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(True)
     return TrainResult(optimizer, start, log, bool(args.bf16))
+
+
+def advice(rate: float) -> str:
+    return f"Lower train.learning_rate (now {rate:g}); a run that has committed a task needs a new output_dir for that"
 
 
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:

@@ -56,10 +56,10 @@ def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int 
 
 
 @torch.inference_mode()
-def measure_coverage(model: nn.Module, recorded: dict[str, Tensor], constraints: dict[str, Tensor]) -> dict[str, float]:
+def measure_coverage(model: nn.Module, recorded: dict[str, Tensor], spaces: dict[str, Tensor]) -> dict[str, float]:
     """{"inputs": mean share of the recorded inputs' energy that is protected (0 where nothing is), "output_change": mean ||Y_now - Y|| / ||Y||}.
 
-    constraints: module name -> protected input basis V (in, k).
+    spaces: module name -> protected input basis V (in, k).
     """
     modules = linear_modules(model)
     inside, change = [], []
@@ -67,7 +67,7 @@ def measure_coverage(model: nn.Module, recorded: dict[str, Tensor], constraints:
         if f"{name}.x" not in recorded:
             continue
         X, Y = recorded[f"{name}.x"].float(), recorded[f"{name}.y"].float()
-        V = constraints.get(name)
+        V = spaces.get(name)
         inside.append(coverage(X, V.float().cpu()) if V is not None else 0.0)
         now = nn.functional.linear(X, module.weight.float().cpu())
         change.append(float((now - Y).norm() / Y.norm().clamp_min(1e-12)))

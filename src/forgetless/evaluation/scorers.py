@@ -58,7 +58,7 @@ def score_rows(model: nn.Module, tokenizer, task: Task, rows: list[Example], sco
         with _autocast(model, autocast), _fp32_head(model):
             bias = None
             if labels:
-                bias = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, CONTENT_FREE)]), labels)[0]
+                bias = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, text) for text in CONTENT_FREE]), labels).mean(0)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 state = _prefill(model, [prompts[i] for i in batch])

@@ -86,6 +86,10 @@ class Method:
         """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
         return model
 
+    def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
+        """Module name -> basis V (in, k) of the input directions that are protected now, for the record of coverage."""
+        return {}
+
     def report(self, memory: Memory) -> dict[str, Any] | None:
         """Numbers about what is protected, for the record: {modules, rank_mean, rank_max, share, ...}."""
         return None

@@ -44,7 +44,7 @@ class GORPOptions(Options):
     use_shared_space: bool = True
     """False trains the same way but protects nothing (an ablation of the paper)."""
     space_from: Literal["sketch", "first_moment"] = "sketch"
-    energy: float = Field(0.9, gt=0, le=1)
+    energy: float = Field(0.95, gt=0, le=1)
     """Share of a task's gradient energy the space must hold after it."""
     max_rank: int | None = Field(None, ge=1)
     """Largest space a module may have; beyond it the directions of least energy are given up, and said so."""
@@ -152,6 +152,11 @@ class GORP(Method):
             n = parts["rows"].shape[1]
             self.statistics[name] = sketch = Sketch(n, min(self.options.sketch_size, n), seed=i)
             sketch.load_state_dict(parts)
+
+    def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
+        if self.options.side != "inputs" or not self.options.use_shared_space:
+            return {}
+        return {key.removesuffix(".basis"): V for key, V in memory.tensors.items() if key.endswith(".basis")}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
         bases = [t for key, t in memory.tensors.items() if key.endswith(".basis")]

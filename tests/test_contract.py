@@ -1,0 +1,262 @@
+"""What every method in the registry must pass. Each row is a defect measured in existing software. Rows are numbered as in docs/contract.md."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import make_model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import forgetless as fl
+from forgetless import models
+from forgetless.errors import ConfigError
+from forgetless.evaluation.drift import weight_leak
+from forgetless.lineage import RunFolder, load_memory, model_sha256
+from forgetless.methods import REGISTRY, get
+from forgetless.methods.base import Memory
+from forgetless.optim import SubspaceAdamW
+
+VARIANTS = {
+    "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-dense": {"rank": None, "full_lr_ratio": 1.0}, "gorp-first_moment": {"space_from": "first_moment"},
+    "gorp-outputs": {"side": "outputs"}, "gorp-max_rank": {"max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.down_proj"},
+}  # fmt: skip
+EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
+every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
+constrained = pytest.mark.parametrize(("name", "options"), [e for e in EVERY if e[0] == "gorp" and e[1].get("use_shared_space", True)], ids=[v for v in VARIANTS if v.startswith("gorp") and "no_space" not in v])
+
+
+def test_every_method_of_the_registry_is_here():
+    assert {name for name, _ in EVERY} == set(REGISTRY)
+
+
+def batches(tokenizer, steps, seed):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        ids = torch.randint(2, len(tokenizer), (4, 12), generator=g)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def learn(model, tokenizer, method, memory, steps, seed, rate=1e-3, **optimizer):
+    """One task without the Trainer: what a user's own loop would do."""
+    method.begin_task(model, None, memory)
+    opt = SubspaceAdamW(method.param_groups(model), lr=rate, **optimizer)
+    opt.track_leak = True
+    start = {p: p.detach().clone() for g in opt.param_groups for p in g["params"]}
+    worst = 0.0
+    for batch in batches(tokenizer, steps, seed):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        method.on_step(model)
+        opt.step()
+        worst = max(worst, opt.update_leak)
+    leak = weight_leak(opt, start, steps)
+    method.end_task(model, None, memory)
+    return opt, worst, leak
+
+
+@pytest.fixture
+def loaded(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+
+
+# -- row 1: the leak -------------------------------------------------------------------------------------------------------------------
+
+
+@constrained
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row_1_no_leak_on_a_model_after_50_steps_with_decay_and_clipping(name, options, dtype, loaded):
+    model, tokenizer = loaded
+    model.to(dtype)
+    method, memory = get(name, energy=0.5, **options), Memory()
+    learn(model, tokenizer, method, memory, 10, seed=0)
+    assert all(t.shape[1] > 0 for k, t in memory.tensors.items() if k.endswith(".basis"))  # a leak of zero against an empty space says nothing
+    _, update, weights = learn(model, tokenizer, method, memory, 50, seed=1, weight_decay=0.1, max_grad_norm=1.0)
+    # GORP's spaces are fp32; in fp64 the basis is orthonormal to fp32 only, and so is the leak it can promise
+    assert update < 1e-5
+    assert weights["leak"] <= (weights["bound"] if dtype == torch.float32 else 1e-5)
+    assert update > 0.0
+
+
+def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
+    """Break it once: plain AdamW on projected gradients, judged by the same measure."""
+    model, tokenizer = loaded
+    method, memory = get("gorp", energy=0.5), Memory()
+    learn(model, tokenizer, method, memory, 10, seed=0)
+    method.begin_task(model, None, memory)
+    judge = SubspaceAdamW(method.param_groups(model), lr=1e-3)
+    opt = torch.optim.AdamW([p for g in judge.param_groups for p in g["params"]], lr=1e-3)
+    start = {p: p.detach().clone() for g in judge.param_groups for p in g["params"]}
+    for batch in batches(tokenizer, 50, 1):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for g in judge.param_groups:
+            for p in g["params"]:
+                p.grad = g["constraint"].permitted(p.grad)
+        opt.step()
+    assert weight_leak(judge, start, 50)["leak"] > 0.05
+
+
+# -- row 2: two tasks, and a reload ------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options, small_run, tiny):
+    config = small_run({"name": name, **options}, tasks=("colour", "animal"), train={"learning_rate": 1e-3, "max_steps": 25, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True})
+    result = fl.run(config)
+    folders = [result.path / "tasks" / n / "model" for n in ("00-colour", "01-animal")]
+    first, second = (AutoModelForCausalLM.from_pretrained(f) for f in folders)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    assert model_sha256(first) != model_sha256(base) != model_sha256(second)
+    from forgetless.config import load_config
+    from forgetless.evaluation.scorers import score_rows
+    from forgetless.tasks import load_stream
+
+    stream, tokenizer = load_stream(load_config(config)), AutoTokenizer.from_pretrained(folders[0])
+    for i, model in enumerate((first, second)):
+        rows = fl.load_config(config).evaluate.limit
+        from forgetless.tasks import sample
+
+        again = score_rows(model.eval(), tokenizer, stream[i], sample(stream[i].test, rows, 0), ["choice"])
+        score = sum(p.score("choice") for p in again) / len(again)
+        assert score == result.matrices["choice"].rows[i][i]
+        assert score > 0.5  # chance is 1/3: it did learn
+
+
+# -- row 5: the exported model is the model in memory ------------------------------------------------------------------------------------
+
+
+@every
+def test_row_5_the_saved_model_is_the_one_that_was_measured(name, options, small_run):
+    result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal")))
+    folder = RunFolder(result.path)
+    for line in folder.lineage():
+        saved = AutoModelForCausalLM.from_pretrained(result.path / "tasks" / f"{line['index']:02d}-{line['task']}" / "model")
+        assert model_sha256(saved) == line["model_sha256"]
+    assert (result.path / "model").resolve().parent.name == folder.committed()[-1] == "01-animal"
+    folder.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_row_5_tied_weights_are_saved_and_hashed_once(tied, tmp_path, small_run):
+    source = make_model_folder(tmp_path / "m", tied=tied)
+    result = fl.run(small_run("gorp", tasks=("colour",), model=source))
+    saved = AutoModelForCausalLM.from_pretrained(result.path / "model")
+    assert (saved.lm_head.weight.data_ptr() == saved.model.embed_tokens.weight.data_ptr()) == tied
+
+
+# -- row 6: what is matched, what is left alone ------------------------------------------------------------------------------------------
+
+
+@every
+def test_row_6_parameters_outside_the_groups_stay_bit_identical(name, options, small_run, tiny):
+    result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal")))
+    base, after = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(result.path / "model")
+    groups = get(name, **options).param_groups(base)
+    trained = {n for g in groups for n in g["names"]}
+    moved = {n for (n, a), (_, b) in zip(base.named_parameters(), after.named_parameters(), strict=True) if not torch.equal(a, b)}
+    assert moved and moved <= trained
+    if name == "gorp" or options:
+        assert not any("norm" in n or "embed" in n or "lm_head" in n for n in moved)
+
+
+@pytest.mark.parametrize(("name", "key"), [("gorp", "full_modules"), ("seqft", "modules")])
+def test_row_6_no_module_matched_names_the_nearest(name, key, loaded):
+    with pytest.raises(ConfigError, match=r"q_prj.*matches no linear layer.*q_proj"):
+        get(name, **{key: ["q_prj"]}).param_groups(loaded[0])
+
+
+def test_row_6_a_tied_head_is_refused_as_a_target(tmp_path):
+    model, _ = models.load(make_model_folder(tmp_path / "m", tied=True))
+    with pytest.raises(ConfigError, match="shares its weight"):
+        get("gorp", full_modules="lm_head").param_groups(model)
+
+
+def test_row_6_the_bias_of_a_constrained_layer_is_frozen(loaded):
+    model, _ = loaded
+    layer = model.model.layers[0].mlp.down_proj
+    layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
+    assert not any(p is layer.bias for g in get("gorp").param_groups(model) for p in g["params"])
+
+
+# -- row 7 (what exists of it): bytes, and gradients under accumulation ------------------------------------------------------------------
+
+
+@every
+def test_row_7_declared_bytes_are_measured_bytes(name, options, loaded):
+    model, tokenizer = loaded
+    method, memory = get(name, **({"energy": 0.5} if name == "gorp" else {}), **options), Memory()
+    learn(model, tokenizer, method, memory, 3, seed=0)
+    method.begin_task(model, None, memory)
+    planned = SubspaceAdamW(method.param_groups(model), lr=1e-3).planned_bytes()
+    opt, *_ = learn(model, tokenizer, method, memory, 3, seed=1)
+    assert opt.state_bytes() == planned
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_row_7_accumulation_gives_the_gradient_and_loss_of_one_large_batch(name, small_run, tmp_path, monkeypatch):
+    """Rows of unequal answer length, so that a mean of micro-batch means would be wrong."""
+    seen = []
+    monkeypatch.setattr(get(name).__class__, "on_step", lambda self, model: seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    rows = [{"prompt": f"cat {w}", "completion": answer} for w in ("red", "green", "blue", "apple") for answer in ("dog", "bird runs happy sad calm")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    losses = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        train = {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "bf16": False, "use_cpu": True}
+        task = {"name": "t", "data": str(data), "test": str(data), "dev": str(data), "format": "prompt_completion"}
+        result = fl.run({"model": small_run()["model"], "tasks": [task], "method": name, "train": train, "evaluate": {"scorers": ["exact_match"]}, "output_dir": str(tmp_path / f"{batch}")})
+        losses.append(json.loads((result.path / "timing.jsonl").read_text().splitlines()[0])["loss"])
+    one, four = seen
+    assert one.keys() == four.keys() and one
+    for key in one:
+        torch.testing.assert_close(one[key], four[key], atol=1e-6, rtol=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# -- row 8: the same seed ----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_row_8_same_seed_same_weights_and_lineage(name, options, small_run, tmp_path):
+    def lineage(where, seed=0):
+        result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal"), output_dir=str(tmp_path / where), seed=seed))
+        return (result.path / "lineage.jsonl").read_text()
+
+    one = lineage("one")
+    assert one == lineage("two")
+    hashes = [json.loads(line)["model_sha256"] for line in one.splitlines()]
+    assert hashes != [json.loads(line)["model_sha256"] for line in lineage("three", seed=1).splitlines()]
+
+
+@every
+def test_method_state_survives_a_file_loaded_with_weights_only(name, options, loaded):
+    """Contract row 3's part that exists: what a method collects inside a task goes through torch.save and weights_only=True and comes back the same."""
+    model, tokenizer = loaded
+    one, two = get(name, **options), get(name, **options)
+    for batch in batches(tokenizer, 3, 0):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        one.on_step(model)
+    buffer = io.BytesIO()
+    torch.save(one.state_dict(), buffer)
+    buffer.seek(0)
+    two.load_state_dict(torch.load(buffer, weights_only=True))
+    for batch in batches(tokenizer, 3, 1):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        one.on_step(model)
+        two.on_step(model)
+    a, b = Memory(), Memory()
+    one.end_task(model, None, a)
+    two.end_task(model, None, b)
+    assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_the_state_folder_holds_no_pickle(small_run):
+    result = fl.run(small_run("gorp", tasks=("colour",)))
+    kinds = {p.suffix for p in (result.path / "tasks").rglob("*") if p.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja"}
+    assert load_memory(result.path / "tasks" / "00-colour" / "state").tensors

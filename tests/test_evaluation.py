@@ -1,0 +1,158 @@
+"""Scores, metrics, intervals, and what is recorded about drift."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forgetless.evaluation.drift import measure_coverage, record_inputs
+from forgetless.evaluation.matrix import AccuracyMatrix, paired_bootstrap, wilson
+from forgetless.evaluation.scorers import Prediction, _greedy, _likelihoods, _prefill, failures, likelihoods_plain, normalize, score_rows
+from forgetless.models import linear_modules
+from forgetless.tasks import Example, Task
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def make_task(labels=("red", "good bad maybe", "good bad", "cat dog bird yes")):
+    rows = [Example(text, labels[i % len(labels)], i) for i, text in enumerate(["cat sits", "dog runs happy sad calm river apple", "bird", "stone river", "yes no"])]
+    return Task("t", "Text : {sentence} Answer :", rows, rows, rows, labels=list(labels) if labels else None)
+
+
+# -- scorers -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_of_labels_scores_as_whole_sequences_do(model, tokenizer):
+    """Padded batch, labels as branches in one pass = one plain forward a (row, label)."""
+    task = make_task()
+    prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
+    labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
+    assert {len(label) for label in labels} == {1, 2, 3, 4}
+    with torch.no_grad():
+        tree = _likelihoods(model, _prefill(model, prompts), labels)
+        for row, prompt in zip(tree, prompts, strict=True):
+            torch.testing.assert_close(row, likelihoods_plain(model, prompt, labels), atol=2e-5, rtol=1e-5)
+
+
+def test_greedy_after_the_tree_is_generate(model, tokenizer):
+    """The branches stay in the cache; what is generated afterwards must not see them."""
+    task = make_task()
+    prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
+    labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
+    with torch.no_grad():
+        state = _prefill(model, prompts)
+        _likelihoods(model, state, labels)
+        texts = _greedy(model, tokenizer, state, 4)
+        for text, prompt in zip(texts, prompts, strict=True):
+            out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=5, do_sample=False, pad_token_id=1)
+            assert text == tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_batch_size_and_order_do_not_change_a_score(model, tokenizer):
+    task = make_task()
+    one = score_rows(model, tokenizer, task, task.test, ["choice", "exact_match"], batch_size=1)
+    many = score_rows(model, tokenizer, task, task.test, ["choice", "exact_match"], batch_size=5)
+    back = score_rows(model, tokenizer, task, task.test[::-1], ["choice", "exact_match"], batch_size=2)
+    assert one == many == back[::-1]
+    assert [p.row for p in one] == [0, 1, 2, 3, 4]
+
+
+def test_calibration_removes_a_bias_toward_one_label(model, tokenizer):
+    """A head that always shouts `red` is told nothing new by any text."""
+    import copy
+
+    loud = copy.deepcopy(model)
+    red = tokenizer(" red").input_ids[0]
+    task = make_task(labels=("red", "blue", "green"))
+    loud.lm_head.bias = torch.nn.Parameter(8.0 * torch.nn.functional.one_hot(torch.tensor(red), loud.lm_head.out_features).float())
+    plain = [p.choice for p in score_rows(model, tokenizer, task, task.test, ["choice"])]
+    assert [p.choice for p in score_rows(loud, tokenizer, task, task.test, ["choice"])] == plain
+    with torch.no_grad():
+        labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
+        raw = _likelihoods(loud, _prefill(loud, [task.encode_prompt(tokenizer, e.text) for e in task.test]), labels).argmax(1)
+    assert set(raw.tolist()) == {0}  # without calibration the bias is all one sees
+
+
+def test_free_text_tasks_have_no_choice(model, tokenizer):
+    predictions = score_rows(model, tokenizer, Task("t", "{sentence}", [], [], [], labels=None), [Example("cat", "red", 0)], ["choice", "exact_match"])
+    assert predictions[0].choice is None and predictions[0].score("choice") is None and predictions[0].score("exact_match") in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("a", "b"), [("Red.", "red"), ("  very   Negative ", "very negative"), ("U.S.", "us")])
+def test_exact_match_ignores_case_punctuation_and_spaces(a, b):
+    assert normalize(a) == normalize(b)
+
+
+def test_failures_are_split_into_drift_and_confusion():
+    own, other = Task("own", "{sentence}", [], [], [], labels=["red", "blue"]), Task("other", "{sentence}", [], [], [], labels=["cat", "Blue"])
+    predictions = [Prediction(i, "own", "red", None, text) for i, text in enumerate(["red", "blue", "Cat", "xyz"])]
+    assert failures(predictions, own, [own, other]) == {"other_task_label": 0.25, "wrong_in_set": 0.25}
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------------------------
+
+M = AccuracyMatrix(["a", "b", "c"], [[0.9, 0.3, 0.2], [0.5, 0.8, 0.4], [0.7, 0.6, 0.9]], before=[0.1, 0.2, 0.25])
+
+
+def test_every_metric_by_hand():
+    assert M.average_accuracy() == pytest.approx((0.7 + 0.6 + 0.9) / 3)
+    assert M.backward_transfer() == pytest.approx(((0.7 - 0.9) + (0.6 - 0.8)) / 2)  # over T - 1 tasks
+    assert M.forgetting() == pytest.approx(((0.9 - 0.7) + (0.8 - 0.6)) / 2)
+    assert M.worst_forgetting() == pytest.approx(0.2)
+    assert M.learning_accuracy() == pytest.approx((0.9 + 0.8 + 0.9) / 3)
+    assert M.forward_transfer() == pytest.approx(((0.3 - 0.2) + (0.4 - 0.25)) / 2)
+    assert M.intransigence([1.0, 0.9, None]) == pytest.approx(0.1)
+
+
+def test_forgetting_is_from_the_best_ever_and_bwt_from_the_diagonal():
+    m = AccuracyMatrix(["a", "b", "c"], [[0.5, None, None], [0.9, 0.5, None], [0.6, 0.5, 0.5]])
+    assert m.backward_transfer() == pytest.approx(0.05) and m.forgetting() == pytest.approx(0.15)
+
+
+def test_an_unfinished_run_and_missing_cells():
+    empty = AccuracyMatrix(["a", "b"])
+    assert set(empty.metrics().values()) == {None}
+    one = AccuracyMatrix(["a", "b"], [[0.5, None]])
+    assert one.average_accuracy() == one.learning_accuracy() == 0.5 and one.backward_transfer() is None and one.forward_transfer() is None
+
+
+@given(p=st.floats(0, 1), n=st.integers(1, 2000))
+def test_wilson_is_an_interval_around_p(p, n):
+    low, high = wilson(p, n)
+    assert 0 <= low <= p + 1e-9 and p - 1e-9 <= high <= 1 and high - low > 0
+
+
+def test_paired_bootstrap_sees_a_difference_and_its_absence():
+    a, b = [1.0] * 80 + [0.0] * 20, [0.0] * 30 + [1.0] * 50 + [0.0] * 20
+    d, low, high = paired_bootstrap(a, b)
+    assert d == pytest.approx(0.3) and 0.2 < low < 0.3 < high < 0.4
+    assert paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
+
+
+# -- drift -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_inputs_show_how_far_a_layers_answer_moved(tiny, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    recorded = record_inputs(model, tokenizer, make_task(), seed=0)
+    names = linear_modules(model)
+    assert {k[:-2] for k in recorded} == set(names)
+    same = measure_coverage(model, recorded, {})
+    assert same["inputs"] == 0.0 and same["output_change"] < 1e-6
+    full = {n: torch.eye(m.in_features) for n, m in names.items()}
+    assert measure_coverage(model, recorded, full)["inputs"] == pytest.approx(1.0, abs=1e-3)
+    with torch.no_grad():
+        for m in names.values():
+            m.weight.mul_(1.1)
+    assert measure_coverage(model, recorded, {})["output_change"] == pytest.approx(0.1, abs=1e-3)
