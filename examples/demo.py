@@ -23,7 +23,8 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parent / "demo"
 METHODS = ("seqft", "gorp")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONIOENCODING": "utf-8"}
+# one thread a process, and no other library's bars among ours; set before torch and tqdm are imported
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 @dataclass
@@ -126,7 +127,7 @@ def follow(lanes: list[Lane], display: Lines | Bars) -> Lane | None:
         for lane in lanes:
             lane.process = subprocess.Popen(
                 lane.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                text=True, encoding="utf-8", errors="replace", env=os.environ | ONE_THREAD,
+                text=True, encoding="utf-8", errors="replace", env=os.environ | ENVIRONMENT,
             )  # fmt: skip
             threading.Thread(target=listen, args=(lane, lines), daemon=True).start()
         running = len(lanes)
@@ -211,13 +212,16 @@ def demo(steps: int | None, limit: int | None, out: Path) -> int:
     from forgetless.cli import quiet_libraries
     from forgetless.config import load_config
 
+    os.environ.update(ENVIRONMENT)
     console = Console(stderr=True)
     overrides = [f"{key}={value}" for key, value in (("train.max_steps", steps), ("evaluate.limit", limit)) if value is not None]
     lanes, folders, models = [], {}, set()
     for name in METHODS:
         path, own = CONFIGS / f"{name}.yaml", [*overrides, f"output_dir={json.dumps(str(out / name))}"]
         config = load_config(path, own)
-        lanes.append(Lane(name, [sys.executable, "-m", "forgetless", "run", str(path), *own, "--progress", "json"], [task.name for task in config.tasks]))
+        lanes.append(
+            Lane(name, [sys.executable, "-m", "forgetless", "run", str(path), *own, "--progress", "json"], [task.name for task in config.tasks])
+        )
         folders[name] = Path(config.output_dir)
         models.add(config.model)
 
@@ -232,7 +236,12 @@ def demo(steps: int | None, limit: int | None, out: Path) -> int:
         failed = follow(lanes, display)
     if failed is not None:
         status = failed.process.returncode
-        print(*failed.said, f"{failed.name} failed (exit status {status}); the other run was stopped. What was committed is kept under {out}", sep="\n", file=sys.stderr)
+        print(
+            *failed.said,
+            f"{failed.name} failed (exit status {status}); the other run was stopped. What was committed is kept under {out}",
+            sep="\n",
+            file=sys.stderr,
+        )
         return status if status > 0 else 128 - status  # negative: ended by that signal
     compare(folders, out / "report.html")
     console.print(f"took {(time.monotonic() - begun) / 60:.1f} minutes", highlight=False)

@@ -57,7 +57,12 @@ def write_task(folder, name: str, rows: int = 60) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (folder / f"{name}_test.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:12]))
-    return {"name": name, "data": str(folder / f"{name}.jsonl"), "test": str(folder / f"{name}_test.jsonl"), "labels": [label for _, label in TASKS[name]]}
+    return {
+        "name": name,
+        "data": str(folder / f"{name}.jsonl"),
+        "test": str(folder / f"{name}_test.jsonl"),
+        "labels": [label for _, label in TASKS[name]],
+    }
 
 
 @pytest.fixture

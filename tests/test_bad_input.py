@@ -322,12 +322,18 @@ def no_end_token(d: Path) -> None:
 def test_a_model_that_cannot_be_used(here, forgetless_, damage, parts):
     shutil.copytree(here["model"], "model")
     damage(Path("model"))
-    assert_says(forgetless_("run", "first.yaml", f"model={Path('model').resolve()}", "--progress", "none"), 4, [f"model '{Path('model').resolve()}'", *parts])
+    assert_says(
+        forgetless_("run", "first.yaml", f"model={Path('model').resolve()}", "--progress", "none"), 4, [f"model '{Path('model').resolve()}'", *parts]
+    )
     assert not Path("run").exists() and not Path("model/ran").exists()
 
 
 def test_a_bundled_model_that_is_none(here, forgetless_):
-    assert_says(forgetless_("run", "first.yaml", "model=bundled:smollm2-135", "--progress", "none"), 2, ["bundled:smollm2-135", "did you mean 'smollm2-135m'?"])
+    assert_says(
+        forgetless_("run", "first.yaml", "model=bundled:smollm2-135", "--progress", "none"),
+        2,
+        ["bundled:smollm2-135", "did you mean 'smollm2-135m'?"],
+    )
     assert not Path("run").exists()
 
 
@@ -376,7 +382,9 @@ def test_a_foreign_folder_is_not_touched(here, forgetless_, files, named):
         Path("run", name).parent.mkdir(parents=True, exist_ok=True)
         Path("run", name).write_text(text)
     before = contents(Path("run"))
-    assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "run", named, "Nothing was touched", "choose another folder"])
+    assert_says(
+        forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "run", named, "Nothing was touched", "choose another folder"]
+    )
     assert contents(Path("run")) == before
 
 
@@ -393,7 +401,9 @@ def test_a_run_locked_by_another_process(here, finished, forgetless_):
     held = "import sys; from forgetless.lineage import RunFolder; f = RunFolder('run'); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "another process", "wait for it, or choose another folder"])
+        assert_says(
+            forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "another process", "wait for it, or choose another folder"]
+        )
         other.communicate()
     assert contents(Path("run")) == before
     assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
@@ -440,7 +450,11 @@ def test_a_learned_task_left_out_is_refused(here, finished, forgetless_, tmp_pat
     Path("first.yaml").write_text(yaml.safe_dump(here))
     shutil.copytree(finished, "run", symlinks=True)
     before = contents(Path("run"))
-    assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 2, ["tasks.0 ('colour', already learned)", "only tasks after the learned ones may change"])
+    assert_says(
+        forgetless_("run", "first.yaml", "--progress", "none"),
+        2,
+        ["tasks.0 ('colour', already learned)", "only tasks after the learned ones may change"],
+    )
     assert contents(Path("run")) == before
 
 
@@ -508,7 +522,11 @@ def test_a_diverged_task_leaves_the_ones_before_it(here, tiny, forgetless_, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(forgetless.trainer, "answer_loss", nan_in_the_second_task)
-        assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 5, ["task 'animal', step 3", "nan", "last committed task is kept", "train.learning_rate"])
+        assert_says(
+            forgetless_("run", "first.yaml", "--progress", "none"),
+            5,
+            ["task 'animal', step 3", "nan", "last committed task is kept", "train.learning_rate"],
+        )
     assert Path("run/current").read_text() == "00-colour\n"
     assert contents(Path("run/tasks/00-colour")).keys() == contents(whole.path / "tasks/00-colour").keys()
     assert [p.name for p in Path("run/tasks").iterdir()] == ["00-colour"]

@@ -151,7 +151,9 @@ def test_a_run_and_the_same_run_again(here, finished, forgetless_):
 
 def test_run_json_from_a_real_process(here):
     """stdout is one JSON document, stderr one object a line, whatever the libraries would like to say."""
-    ran = subprocess.run([sys.executable, "-m", "forgetless", "run", "first.yaml", "--json", "--progress", "json"], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-m", "forgetless", "run", "first.yaml", "--json", "--progress", "json"], capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == json.loads(Path("run/matrix.json").read_text())
     stages = [json.loads(line).get("stage") for line in ran.stderr.splitlines() if line.startswith("{")]

@@ -62,7 +62,9 @@ def test_a_file_a_dict_and_a_run_config_are_the_same(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(LEAST))
     one = load_config(LEAST, ["method.rank=4"])
     assert one == load_config(tmp_path / "c.yaml", ["method.rank=4"]) == load_config(str(tmp_path / "c.yaml"), ["method.rank=4"])
-    assert one == load_config(one) == load_config(load_config(LEAST), ["method.rank=4"]) == load_config(yaml.safe_load(yaml.safe_dump(one.model_dump())))
+    assert (
+        one == load_config(one) == load_config(load_config(LEAST), ["method.rank=4"]) == load_config(yaml.safe_load(yaml.safe_dump(one.model_dump())))
+    )
 
 
 def test_what_is_given_is_not_changed():

@@ -25,7 +25,11 @@ VARIANTS = {
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
-constrained = pytest.mark.parametrize(("name", "options"), [e for e in EVERY if e[0] == "gorp" and e[1].get("use_shared_space", True)], ids=[v for v in VARIANTS if v.startswith("gorp") and "no_space" not in v])
+constrained = pytest.mark.parametrize(
+    ("name", "options"),
+    [e for e in EVERY if e[0] == "gorp" and e[1].get("use_shared_space", True)],
+    ids=[v for v in VARIANTS if v.startswith("gorp") and "no_space" not in v],
+)
 
 
 def test_every_method_of_the_registry_is_here():
@@ -104,7 +108,11 @@ def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
 
 @every
 def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options, small_run, tiny):
-    config = small_run({"name": name, **options}, tasks=("colour", "animal"), train={"learning_rate": 1e-3, "max_steps": 25, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True})
+    config = small_run(
+        {"name": name, **options},
+        tasks=("colour", "animal"),
+        train={"learning_rate": 1e-3, "max_steps": 25, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True},
+    )
     result = fl.run(config)
     folders = [result.path / "tasks" / n / "model" for n in ("00-colour", "01-animal")]
     first, second = (AutoModelForCausalLM.from_pretrained(f) for f in folders)
@@ -199,15 +207,35 @@ def test_row_7_declared_bytes_are_measured_bytes(name, options, loaded):
 def test_row_7_accumulation_gives_the_gradient_and_loss_of_one_large_batch(name, small_run, tmp_path, monkeypatch):
     """Rows of unequal answer length, so that a mean of micro-batch means would be wrong."""
     seen = []
-    monkeypatch.setattr(get(name).__class__, "on_step", lambda self, model: seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    monkeypatch.setattr(
+        get(name).__class__,
+        "on_step",
+        lambda self, model: seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}),
+    )
     rows = [{"prompt": f"cat {w}", "completion": answer} for w in ("red", "green", "blue", "apple") for answer in ("dog", "bird runs happy sad calm")]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     losses = []
     for batch, accumulation in ((8, 1), (2, 4)):
-        train = {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "bf16": False, "use_cpu": True}
+        train = {
+            "learning_rate": 1e-3,
+            "max_steps": 1,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "bf16": False,
+            "use_cpu": True,
+        }
         task = {"name": "t", "data": str(data), "test": str(data), "dev": str(data), "format": "prompt_completion"}
-        result = fl.run({"model": small_run()["model"], "tasks": [task], "method": name, "train": train, "evaluate": {"scorers": ["exact_match"]}, "output_dir": str(tmp_path / f"{batch}")})
+        result = fl.run(
+            {
+                "model": small_run()["model"],
+                "tasks": [task],
+                "method": name,
+                "train": train,
+                "evaluate": {"scorers": ["exact_match"]},
+                "output_dir": str(tmp_path / f"{batch}"),
+            }
+        )
         losses.append(json.loads((result.path / "timing.jsonl").read_text().splitlines()[0])["loss"])
     one, four = seen
     assert one.keys() == four.keys() and one

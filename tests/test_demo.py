@@ -53,7 +53,15 @@ def writes(*events: dict, then: str = "") -> list[str]:
 
 def test_a_stage_says_how_many_tasks_are_learned_and_a_line_that_is_no_event_is_kept(demo):
     lane, seen = demo.Lane("gorp", [], TASKS), Seen()
-    for line in ('{"stage": "cities: training", "total": 40}', '{"done": 3, "note": "loss 1.2"}', '{"say": "stage"}', "error: no room", "", "[1]", "17"):
+    for line in (
+        '{"stage": "cities: training", "total": 40}',
+        '{"done": 3, "note": "loss 1.2"}',
+        '{"say": "stage"}',
+        "error: no room",
+        "",
+        "[1]",
+        "17",
+    ):
         lane.read(line + "\n", seen)
     assert seen.stages == [("gorp", "cities: training", 1)]  # resumed: languages was learned before
     assert seen.moves == [(3, "loss 1.2")] and lane.total == 40

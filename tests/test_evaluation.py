@@ -26,7 +26,10 @@ def tokenizer(tiny):
 
 
 def make_task(labels=("red", "good bad maybe", "good bad", "cat dog bird yes")):
-    rows = [Example(text, labels[i % len(labels)], i) for i, text in enumerate(["cat sits", "dog runs happy sad calm river apple", "bird", "stone river", "yes no"])]
+    rows = [
+        Example(text, labels[i % len(labels)], i)
+        for i, text in enumerate(["cat sits", "dog runs happy sad calm river apple", "bird", "stone river", "yes no"])
+    ]
     return Task("t", "Text : {sentence} Answer :", rows, rows, rows, labels=list(labels) if labels else None)
 
 
@@ -55,7 +58,9 @@ def test_greedy_after_the_tree_is_generate(model, tokenizer):
         _likelihoods(model, state, labels)
         texts = _greedy(model, tokenizer, state, 4)
         for text, prompt in zip(texts, prompts, strict=True):
-            out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=5, do_sample=False, pad_token_id=1)
+            out = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=5, do_sample=False, pad_token_id=1
+            )
             assert text == tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
 
 
@@ -85,7 +90,9 @@ def test_calibration_removes_a_bias_toward_one_label(model, tokenizer):
 
 
 def test_free_text_tasks_have_no_choice(model, tokenizer):
-    predictions = score_rows(model, tokenizer, Task("t", "{sentence}", [], [], [], labels=None), [Example("cat", "red", 0)], ["choice", "exact_match"])
+    predictions = score_rows(
+        model, tokenizer, Task("t", "{sentence}", [], [], [], labels=None), [Example("cat", "red", 0)], ["choice", "exact_match"]
+    )
     assert predictions[0].choice is None and predictions[0].score("choice") is None and predictions[0].score("exact_match") in (0.0, 1.0)
 
 

@@ -76,8 +76,20 @@ def constraint(kind, dtype=torch.float32):
 def test_fast_equals_reference_for_100_steps(kind, rank, moments, dtype):
     c = constraint(kind, dtype)
     W = weight(dtype)
-    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": rank, "refresh": "svd", "moments": moments, "scale": 0.5}], lr=3e-3, weight_decay=0.05 if c or rank else 0.0)
-    slow = ReferenceAdamW(weight(torch.float64).detach().clone(), 3e-3, weight_decay=0.05 if c or rank else 0.0, constraint=constraint(kind, torch.float64), rank=rank, moments=moments, scale=0.5)
+    opt = SubspaceAdamW(
+        [{"params": [W], "constraint": c, "rank": rank, "refresh": "svd", "moments": moments, "scale": 0.5}],
+        lr=3e-3,
+        weight_decay=0.05 if c or rank else 0.0,
+    )
+    slow = ReferenceAdamW(
+        weight(torch.float64).detach().clone(),
+        3e-3,
+        weight_decay=0.05 if c or rank else 0.0,
+        constraint=constraint(kind, torch.float64),
+        rank=rank,
+        moments=moments,
+        scale=0.5,
+    )
     for t in range(100):
         G = gradient(slow.W, t)
         W.grad = G.to(dtype)
@@ -111,7 +123,9 @@ def test_unconstrained_equals_galore_torch(refresh):
     """galore-torch keeps its moments when the basis changes and puts eps before the bias correction; with one basis and eps 0 the two are the same method."""
     galore = pytest.importorskip("galore_torch")
     W, X = weight(), weight()
-    theirs = galore.GaLoreAdamW([{"params": [X], "rank": 4, "update_proj_gap": 1000, "scale": 0.25, "proj_type": "right"}], lr=1e-2, eps=1e-12, no_deprecation_warning=True)
+    theirs = galore.GaLoreAdamW(
+        [{"params": [X], "rank": 4, "update_proj_gap": 1000, "scale": 0.25, "proj_type": "right"}], lr=1e-2, eps=1e-12, no_deprecation_warning=True
+    )
     ours = SubspaceAdamW([{"params": [W], "rank": 4, "refresh_gap": 1000, "scale": 0.25, "refresh": refresh}], lr=1e-2, eps=1e-12)
     torch.testing.assert_close(train(ours, W, 100), train(theirs, X, 100), atol=3e-5, rtol=0)
 
@@ -210,14 +224,19 @@ def sometimes_zero(W, t):
 
 
 @pytest.mark.parametrize("grad", [full_gradient, rank_deficient, sometimes_zero], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("rank", "side", "refresh"), [(None, "inputs", "cold"), *((4, side, how) for side in ("inputs", "outputs") for how in ("cold", "warm", "exact", "svd"))])
+@pytest.mark.parametrize(
+    ("rank", "side", "refresh"),
+    [(None, "inputs", "cold"), *((4, side, how) for side in ("inputs", "outputs") for how in ("cold", "warm", "exact", "svd"))],
+)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_leak_after_50_steps_with_decay_and_clipping(kind, refresh, rank, side, grad, dtype):
     c = constraint(kind, dtype)
     W = weight(dtype)
     start = W.detach().clone()
-    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}], lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+    opt = SubspaceAdamW(
+        [{"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}], lr=1e-3, weight_decay=0.1, max_grad_norm=0.5
+    )
     opt.track_leak = True
     worst = 0.0
     for t in range(50):
@@ -260,7 +279,9 @@ def test_a_gradient_wholly_inside_the_space_moves_nothing():
     for rank in (None, 2):
         W = weight()
         start = W.detach().clone()
-        train(SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=V), "rank": rank}], lr=1e-2), W, 10, lambda W, t: rand(M, 3, seed=t) @ V.mT)
+        train(
+            SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=V), "rank": rank}], lr=1e-2), W, 10, lambda W, t: rand(M, 3, seed=t) @ V.mT
+        )
         assert float((W.detach() - start).abs().max()) < (1e-12 if rank else 0.5)
         assert leak(W.detach() - start, Constraint(inputs=V)) < 1e-4
 
@@ -277,7 +298,14 @@ def test_the_whole_zero_gradient_chooses_no_basis():
 # -- constrain: any torch optimizer ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+        lambda p: torch.optim.Adagrad(p, lr=0.1),
+    ],
+)
 def test_constrain_any_torch_optimizer(make):
     W, free = weight(torch.float64), nn.Parameter(rand(3, 3, dtype=torch.float64))
     c = Constraint(inputs=basis(N, 4, dtype=torch.float64))
@@ -333,7 +361,13 @@ def test_state_survives_a_file_loaded_with_weights_only_and_stays_fp32(dtype):
 
 def test_planned_bytes_are_the_measured_ones():
     W, X = weight(), weight(seed=8)
-    opt = SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=basis(N, 3)), "rank": 4}, {"params": [X]}, ], lr=1e-2)
+    opt = SubspaceAdamW(
+        [
+            {"params": [W], "constraint": Constraint(inputs=basis(N, 3)), "rank": 4},
+            {"params": [X]},
+        ],
+        lr=1e-2,
+    )
     planned = opt.planned_bytes()
     for t in range(12):
         W.grad, X.grad = gradient(W, t), gradient(X, t)

@@ -52,9 +52,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def all(self, tag: str, **attrs: str) -> list[dict[str, str | None]]:
-        return [
-            have for name, have in self.tags if name == tag and all(value in (have.get(key) or "").split() for key, value in attrs.items())
-        ]
+        return [have for name, have in self.tags if name == tag and all(value in (have.get(key) or "").split() for key, value in attrs.items())]
 
 
 def matrix(tasks: tuple[str, ...] = ("cities", "tickets", "mood"), rows: int = 3) -> dict[str, Any]:
@@ -238,9 +236,7 @@ def test_same_folder_same_bytes_and_no_leftover(tmp_path: Path) -> None:
 def test_tables_have_headers_and_charts_have_names(tmp_path: Path) -> None:
     _, page = report(make_run(tmp_path / "first"))
     assert len(page.all("svg")) == 1
-    assert all(
-        svg.get("role") == "img" and "cities from 2.48 to 1.5 in 40 steps" in (svg.get("aria-label") or "") for svg in page.all("svg")
-    )
+    assert all(svg.get("role") == "img" and "cities from 2.48 to 1.5 in 40 steps" in (svg.get("aria-label") or "") for svg in page.all("svg"))
     assert all(header.get("scope") in {"row", "col", "colgroup"} for header in page.all("th"))
     assert len(page.all("table")) == len(page.all("thead")) == 9
 
@@ -324,9 +320,7 @@ def test_retrained_task_replaces_what_it_logged_before(tmp_path: Path) -> None:
 
 def test_resumed_from_a_checkpoint_keeps_the_steps_before_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
-    write_lines(
-        run / "timing.jsonl", [step(0, "cities", at, 3.0) for at in range(1, 31)] + [step(0, "cities", at, 1.0) for at in range(21, 41)]
-    )
+    write_lines(run / "timing.jsonl", [step(0, "cities", at, 3.0) for at in range(1, 31)] + [step(0, "cities", at, 1.0) for at in range(21, 41)])
     _, page = report(run)
     assert "cities from 3 to 1 in 40 steps" in (page.all("svg")[0]["aria-label"] or "")
     assert len((page.all("polyline")[0]["points"] or "").split()) == 40, "steps 21 to 30 are drawn once"

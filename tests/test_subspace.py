@@ -215,7 +215,15 @@ def test_rotate_moments_by_a_signed_permutation_is_exact():
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(2, 20), n=st.integers(2, 20), a=st.integers(0, 20), b=st.integers(0, 20), seed=seeds, forbid=st.sampled_from(["either", "both"]), dtype=dtypes)
+@given(
+    m=st.integers(2, 20),
+    n=st.integers(2, 20),
+    a=st.integers(0, 20),
+    b=st.integers(0, 20),
+    seed=seeds,
+    forbid=st.sampled_from(["either", "both"]),
+    dtype=dtypes,
+)
 def test_permitted_is_a_projection_without_leak(m, n, a, b, seed, forbid, dtype):
     c = Constraint(inputs=basis(n, min(b, n), seed, dtype), outputs=basis(m, min(a, m), seed + 1, dtype), forbid=forbid)
     D = matrix(m, n, seed + 2, dtype)

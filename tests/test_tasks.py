@@ -114,7 +114,10 @@ def test_left_padding_and_positions_do_not_change_the_loss(tiny, tokenizer):
 
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     t = task()
-    rows = [t.encode(tokenizer, Example(text, label, 0)) for text, label in (("cat sits", "red"), ("dog runs happy sad calm river", "blue"), ("bird", "red"))]
+    rows = [
+        t.encode(tokenizer, Example(text, label, 0))
+        for text, label in (("cat sits", "red"), ("dog runs happy sad calm river", "blue"), ("bird", "red"))
+    ]
     batch = Collate()(rows)
     loss, _ = answer_loss(model, batch)
     singles = []

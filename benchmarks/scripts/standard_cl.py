@@ -105,7 +105,11 @@ def collect(queue: dict[str, dict], out: Path) -> None:
             where = {k: v for k, v in settings.items() if k != "output_dir"}
             runs[name] = {"config": where, **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures", "protection")}}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"command": f"python benchmarks/scripts/standard_cl.py {out.stem.split('_')[-1]}", "environment": environment, "runs": runs}, indent=1))
+    out.write_text(
+        json.dumps(
+            {"command": f"python benchmarks/scripts/standard_cl.py {out.stem.split('_')[-1]}", "environment": environment, "runs": runs}, indent=1
+        )
+    )
     print(f"{len(runs)} of {len(queue)} runs -> {out.relative_to(ROOT)}")
 
 

@@ -1,8 +1,8 @@
 """forgetless: fine-tune a language model on one task after another and keep what it already knew.
 
-    import forgetless as fl
-    result = fl.run("config.yaml")
-    result.matrix.average_accuracy(), result.matrix.backward_transfer()
+import forgetless as fl
+result = fl.run("config.yaml")
+result.matrix.average_accuracy(), result.matrix.backward_transfer()
 """
 
 from __future__ import annotations

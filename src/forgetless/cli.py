@@ -62,7 +62,9 @@ def run(
 
 
 @app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="A list of objects with name, summary, paper, constrained, options.")] = False) -> None:
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects with name, summary, paper, constrained, options.")] = False,
+) -> None:
     """List the methods and their options.
 
     Example: forgetless methods --json
@@ -190,5 +192,8 @@ def explain(error: Exception) -> int:
         help_asked = message.startswith("Usage:")  # the bare command
         print(message if help_asked else f"error: {message}" + (f" See: {context.command_path} --help" if context else ""), file=sys.stderr)
         return 2
-    print(f"internal error: {type(error).__name__}: {error}\nThis is a defect of forgetless; run again with `forgetless --debug ...` for the traceback", file=sys.stderr)
+    print(
+        f"internal error: {type(error).__name__}: {error}\nThis is a defect of forgetless; run again with `forgetless --debug ...` for the traceback",
+        file=sys.stderr,
+    )
     return 1

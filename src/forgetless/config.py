@@ -1,6 +1,6 @@
 """The configuration: YAML plus key=value overrides, parsed once, typed, unknown keys refused with the nearest known name. Imports no torch.
 
-    config = load_config("examples/demo/gorp.yaml", ["method.rank=4", "train.max_steps=10"])
+config = load_config("examples/demo/gorp.yaml", ["method.rank=4", "train.max_steps=10"])
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class TaskConfig(_Model):
     @classmethod
     def _a_folder_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or ".." in name:
-            raise ValueError(f"task name {name!r} becomes a folder name: letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64, no '..'")
+            raise ValueError(
+                f"task name {name!r} becomes a folder name: letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64, no '..'"
+            )
         return name
 
     @field_validator("prompt")
@@ -89,7 +91,9 @@ class TaskConfig(_Model):
         known = COLUMNS[self.format]
         for column in self.columns:
             if column not in known:
-                raise ValueError(f"task '{self.name}': columns has no use for {column!r}; format {self.format} renames {', '.join(known)}, as in {{{known[0]}: text}}")
+                raise ValueError(
+                    f"task '{self.name}': columns has no use for {column!r}; format {self.format} renames {', '.join(known)}, as in {{{known[0]}: text}}"
+                )
         if self.labels is not None and self.format != "classification":
             raise ValueError(f"task '{self.name}': labels go with format: classification, this one is {self.format}")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
@@ -198,7 +202,7 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
     data = _copy(data)
     for override in overrides:
         _apply(data, override)
-    data.update({key: fix_floats(data[key]) for key in ('train', 'method') if key in data})
+    data.update({key: fix_floats(data[key]) for key in ("train", "method") if key in data})
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

@@ -47,7 +47,16 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     for task in stream:
         lengths = sorted(len(task.encode(tokenizer, e)["input_ids"]) for e in task.train[:200])
         rows = {"train": len(task.train), "dev": len(task.dev), "test": len(task.test)}
-        tasks.append({"name": task.name, "rows": rows, "labels": task.labels, "tokens_median": lengths[len(lengths) // 2], "tokens_max": lengths[-1], "overlap": task.overlap})
+        tasks.append(
+            {
+                "name": task.name,
+                "rows": rows,
+                "labels": task.labels,
+                "tokens_median": lengths[len(lengths) // 2],
+                "tokens_max": lengths[-1],
+                "overlap": task.overlap,
+            }
+        )
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
@@ -73,4 +82,5 @@ def show(found: dict[str, Any]) -> None:
     for task in found["tasks"]:
         r = task["rows"]
         kind = f"{len(task['labels'])} labels" if task["labels"] else "free text"
-        print(f"task    {task['name']}: {r['train']} train, {r['dev']} dev, {r['test']} test rows, {kind}, {task['tokens_median']} tokens a row (median), {task['tokens_max']} at most")
+        rows = f"{r['train']} train, {r['dev']} dev, {r['test']} test rows"
+        print(f"task    {task['name']}: {rows}, {kind}, {task['tokens_median']} tokens a row (median), {task['tokens_max']} at most")

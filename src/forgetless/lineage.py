@@ -63,7 +63,9 @@ class RunFolder:
             foreign.append("model")
         if foreign or (entries and not ours):
             found = ", ".join((foreign or entries)[:3])
-            raise ConfigError(f"output_dir {self.path}: not empty and not a run of forgetless (it has {found}). Nothing was touched; choose another folder")
+            raise ConfigError(
+                f"output_dir {self.path}: not empty and not a run of forgetless (it has {found}). Nothing was touched; choose another folder"
+            )
 
     def close(self) -> None:
         """Unlock. A folder in which nothing began is left as it was found."""
@@ -118,7 +120,10 @@ class RunFolder:
             lines.append(line)
         return lines
 
-    def commit(self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor], metrics: dict, predictions: list[dict], entry: dict[str, Any], keep: str) -> dict[str, Any]:
+    def commit(
+        self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], keep: str,
+    ) -> dict[str, Any]:  # fmt: skip
         """Make task `index` durable; returns its lineage line."""
         name = f"{index:02d}-{task}"
         work, final = self.path / "tasks" / f".{name}", self.path / "tasks" / name
@@ -175,10 +180,6 @@ class RunFolder:
         file = self.path / "tasks" / name / "state" / "inputs.safetensors"
         return load_file(file) if file.is_file() else {}
 
-    def rows(self, scorer: str) -> list[list[float | None]]:
-        """The accuracy matrix's rows so far, of one scorer."""
-        return [self.metrics(name)["scores"].get(scorer, []) for name in self.committed()]
-
     def metrics(self, name: str) -> dict[str, Any]:
         file = self.path / "tasks" / name / "metrics.json"
         try:
@@ -186,9 +187,10 @@ class RunFolder:
         except ValueError:
             raise self._damaged(f"{file.relative_to(self.path)} is not valid JSON") from None
 
-    def note_time(self, **event: Any) -> None:
+    def note_time(self, events: list[dict[str, Any]]) -> None:
+        """Append to timing.jsonl, which is beside the lineage because clocks differ."""
         with (self.path / "timing.jsonl").open("a") as f:
-            f.write(json.dumps(event) + "\n")
+            f.write("".join(json.dumps(event) + "\n" for event in events))
 
 
 def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> None:

@@ -38,15 +38,21 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = tor
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     except Exception as error:  # every loader below raises its own kind; the user needs one message
-        raise DataError(f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of") from error
+        raise DataError(
+            f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of"
+        ) from error
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     except Exception as error:
         raise DataError(f"model '{name}': cannot be loaded as a causal language model ({_first_line(error)})") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise DataError(f"model '{name}': its weights lack {len(missing)} tensors of a {type(model).__name__} ({', '.join(missing[:3])}); give a whole model")
+        raise DataError(
+            f"model '{name}': its weights lack {len(missing)} tensors of a {type(model).__name__} ({', '.join(missing[:3])}); give a whole model"
+        )
     if tokenizer.eos_token_id is None:
-        raise DataError(f"model '{name}': its tokenizer has no end-of-sequence token, so a model could not learn where an answer ends; set eos_token in tokenizer_config.json")
+        raise DataError(
+            f"model '{name}': its tokenizer has no end-of-sequence token, so a model could not learn where an answer ends; set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id, so any token will do
     return model.eval(), tokenizer
@@ -58,7 +64,9 @@ def resolve(name: str) -> str:
         return str(_bundled(name.removeprefix("bundled:")))
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            raise DataError(f"model '{name}': the folder has no config.json; give a Hugging Face model folder (such as a run's model/), a hub id, or bundled:smollm2-135m")
+            raise DataError(
+                f"model '{name}': the folder has no config.json; give a Hugging Face model folder (such as a run's model/), a hub id, or bundled:smollm2-135m"
+            )
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"model '{name}': no such folder; give a Hugging Face model folder, a hub id, or bundled:smollm2-135m")
@@ -167,7 +175,9 @@ def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, optio
     for name, module in found.items():
         weight = getattr(module, "weight", None)
         if weight is not None and id(weight) in tied:
-            raise ConfigError(f"{option}: '{name}' shares its weight with {' and '.join(tied[id(weight)])}; a constraint on a tied weight would bind both. Leave it out, or untie it")
+            raise ConfigError(
+                f"{option}: '{name}' shares its weight with {' and '.join(tied[id(weight)])}; a tied weight cannot be a target. Leave it out, or untie it"
+            )
     found = {n: m for n, m in found.items() if isinstance(m, torch.nn.Linear)}
     if not found:
         import difflib

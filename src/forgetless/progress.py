@@ -52,7 +52,14 @@ class RichProgress(Progress):
         from rich.progress import Progress as Bars
 
         self.console = Console(stderr=True)
-        columns = [TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+        columns = [
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
         self.bars = Bars(*columns, console=self.console)
         self.bars.start()
         self.bar = None

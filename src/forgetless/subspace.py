@@ -114,7 +114,9 @@ def top_subspace(A: Tensor, k: int | None = None, method: str = "gram", start: T
     V, energy = V[:, :k], energy[:k].clamp_min(0)
     floor = tolerance(A.dtype) ** 2
     if method != "svd":
-        floor = max(floor, 4 * max(m, n) * torch.finfo(torch.float64).eps)  # a Gram matrix squares the condition number: its small eigenvalues are noise
+        floor = max(
+            floor, 4 * max(m, n) * torch.finfo(torch.float64).eps
+        )  # a Gram matrix squares the condition number: its small eigenvalues are noise
     V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
     energy = energy[: V.shape[1]]
     if method != "svd" and V.shape[1]:
@@ -151,7 +153,9 @@ def extend(space: Subspace, A: Tensor, energy: float, max_rank: int | None = Non
     if total <= 0:
         return space, 0
     inside = ((A @ V).double() ** 2).sum(0)  # (k,)
-    rest = top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank)) if space.rank < A.shape[1] else Subspace.empty(A.shape[1], A.dtype)
+    rest = (
+        top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank)) if space.rank < A.shape[1] else Subspace.empty(A.shape[1], A.dtype)
+    )
     k = energy_rank(rest.energy, energy, held=float(inside.sum()), total=total)
     new = orthonormalize(rest.basis[:, :k], against=V, scale=1.0)
     k = new.shape[1]
@@ -191,11 +195,15 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
     if V.ndim != 2:
         raise ValueError(f"Constraint({name}=...): a basis is a matrix (dimension, directions), got shape {tuple(V.shape)}")
     if V.shape[1] > V.shape[0]:
-        raise ValueError(f"Constraint({name}=...): {V.shape[1]} directions cannot be orthonormal in {V.shape[0]} dimensions; is the basis transposed?")
+        raise ValueError(
+            f"Constraint({name}=...): {V.shape[1]} directions cannot be orthonormal in {V.shape[0]} dimensions; is the basis transposed?"
+        )
     if V.shape[1]:
         error = float((V.mT.double() @ V.double() - torch.eye(V.shape[1], dtype=torch.float64, device=V.device)).abs().max())
         if not error < 1e-4:
-            raise ValueError(f"Constraint({name}=...): columns are not orthonormal (max |V^T V - I| = {error:.1e}); pass them through forgetless.subspace.orthonormalize")
+            raise ValueError(
+                f"Constraint({name}=...): columns are not orthonormal (max |V^T V - I| = {error:.1e}); pass them through forgetless.subspace.orthonormalize"
+            )
     return V.detach().contiguous()
 
 

@@ -73,7 +73,9 @@ class Task:
             text = _first_tokens(tokenizer, text, keep)
             ids = tokenizer(self.prompt.format(sentence=text)).input_ids
         if len(ids) > self.max_prompt_tokens:
-            raise DataError(f"task '{self.name}': the prompt without its text is already {len(ids)} tokens; raise max_prompt_tokens ({self.max_prompt_tokens})")
+            raise DataError(
+                f"task '{self.name}': the prompt without its text is already {len(ids)} tokens; raise max_prompt_tokens ({self.max_prompt_tokens})"
+            )
         return ids
 
     def encode_answer(self, tokenizer, answer: str, end: bool = True) -> list[int]:
@@ -152,7 +154,9 @@ def _from_files(config: TaskConfig) -> Task:
     if config.format == "classification":
         labels = config.labels or sorted({e.answer for e in train_all})
         if len(labels) < 2:
-            raise DataError(f"{where}: {config.data} has the single label {labels}; a classification task needs two or more (or format: prompt_completion)")
+            raise DataError(
+                f"{where}: {config.data} has the single label {labels}; a classification task needs two or more (or format: prompt_completion)"
+            )
         _check_labels(train_all, labels, config.data, config.name)
     if config.test is not None:
         rest, test = train_all, read_rows(config.test, config)
@@ -189,7 +193,13 @@ def read_rows(path: str, config: TaskConfig) -> list[Example]:
                 raise DataError(f"{place}: '{column}' is {row[column]!r}; it must be text that is not empty")
             if any("\ud800" <= c <= "\udfff" for c in str(row[column])):
                 raise DataError(f"{place}: '{column}' holds half a character (a lone surrogate, often an emoji cut in two); mend or drop the row")
-        examples.append(Example(str(row[text_column]), str(row[answer_column]).strip() if config.format == "classification" else str(row[answer_column]), len(examples)))
+        examples.append(
+            Example(
+                str(row[text_column]),
+                str(row[answer_column]).strip() if config.format == "classification" else str(row[answer_column]),
+                len(examples),
+            )
+        )
     if not examples:
         raise DataError(f"{path}: the file has no rows (task '{config.name}')")
     return examples

@@ -32,11 +32,19 @@ def training_arguments(train: dict[str, Any], seed: int, output_dir: str):
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     for key in train:
         if key not in known:
-            raise ConfigError(f"train.{key}: TrainingArguments has no such name{nearest(key, known)[: 300]}")
+            raise ConfigError(f"train.{key}: TrainingArguments has no such name{nearest(key, known)[:300]}")
     values = DEFAULTS | train
     if "bf16" not in train:
         values["bf16"] = bf16_pays()
-    own = dict(output_dir=output_dir, seed=seed, save_strategy="no", eval_strategy="no", report_to=[], remove_unused_columns=False, use_cpu=values.pop("use_cpu", not torch.cuda.is_available()))
+    own = dict(
+        output_dir=output_dir,
+        seed=seed,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=values.pop("use_cpu", not torch.cuda.is_available()),
+    )
     try:
         return TrainingArguments(**values, **own)
     except (ValueError, TypeError, ImportError) as error:
@@ -68,7 +76,9 @@ class TrainResult:
     autocast: bool
 
 
-def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress) -> TrainResult:
+def train_task(
+    model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress
+) -> TrainResult:
     """Train `model` in place on `rows`. Raises Diverged, naming task and step, when the loss stops being finite."""
     from transformers import Trainer, TrainerCallback
 
@@ -96,7 +106,9 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
             def on_step_end(self, args, state, control, **_):
                 losses, trainer.micro_losses = trainer.micro_losses, []
                 loss = sum(losses)  # each micro-batch carries its share: of the step's answer tokens, or 1 / accumulation steps
-                log.append({"step": state.global_step, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"], "update_leak": optimizer.update_leak})
+                log.append(
+                    {"step": state.global_step, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"], "update_leak": optimizer.update_leak}
+                )
                 progress.advance(state.global_step, f"loss {loss:.3f}")
 
         class TaskTrainer(Trainer):
@@ -120,7 +132,15 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
                 return loss
 
         data = Encoded(task, tokenizer, rows)
-        trainer = TaskTrainer(model=model, args=args, train_dataset=data, data_collator=Collate(), optimizers=(optimizer, None), callbacks=[Hooks()], processing_class=tokenizer)
+        trainer = TaskTrainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=Collate(),
+            optimizers=(optimizer, None),
+            callbacks=[Hooks()],
+            processing_class=tokenizer,
+        )
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
@@ -132,7 +152,9 @@ def train_task(model: nn.Module, tokenizer, task: Task, method: Method, rows: li
         finally:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
     if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
-        raise Diverged(f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}")
+        raise Diverged(
+            f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}"
+        )
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(True)
@@ -151,7 +173,13 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor |
     labels = inputs["labels"]  # (B, L)
     answer = int((labels != -100).sum(1).max())
     keep = answer + 1  # position t predicts token t + 1
-    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], logits_to_keep=keep, use_cache=False)
+    outputs = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        position_ids=inputs["position_ids"],
+        logits_to_keep=keep,
+        use_cache=False,
+    )
     logits, target = outputs.logits[:, -keep:-1].float(), labels[:, -answer:]
     loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-100, reduction="sum")
     return loss / (num_items if num_items is not None else (labels != -100).sum()), outputs

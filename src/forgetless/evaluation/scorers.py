@@ -44,7 +44,9 @@ def normalize(text: str) -> str:
 
 
 @torch.inference_mode()
-def score_rows(model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None) -> list[Prediction]:
+def score_rows(
+    model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None
+) -> list[Prediction]:
     """Score `rows` of `task`, in their order. advance(done) is called after each batch."""
     labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels] if task.labels and "choice" in scorers else None
     prompts = [task.encode_prompt(tokenizer, e.text) for e in rows]

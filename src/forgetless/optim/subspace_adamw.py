@@ -211,7 +211,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
             delta.mul_(group["scale"])
             Q, V = state["basis"], _sided_basis(group, constraint)
             # Q is orthogonal to one side's basis by construction; whatever else is forbidden needs the dense update
-            covered = constraint is None or constraint.empty or (V is not None and constraint.forbid == "either" and _other_side(group, constraint) is None)
+            covered = (
+                constraint is None or constraint.empty or (V is not None and constraint.forbid == "either" and _other_side(group, constraint) is None)
+            )
             if covered and not rate:
                 D, B = (p, delta @ Q.mT) if p.dtype != dtype else (p, None)
                 if B is not None:

@@ -94,9 +94,7 @@ def read_run(path: Path, name: str) -> dict[str, Any]:
         "config": config_text,
         "lineage": lineage,
         "not_measured": not_measured(path, matrix, scorers, timing),
-        "skipped": [
-            f"{count} {what}" for count, what in [*timing["skipped"], (lineage_skipped, "unreadable line(s) of lineage.jsonl")] if count
-        ],
+        "skipped": [f"{count} {what}" for count, what in [*timing["skipped"], (lineage_skipped, "unreadable line(s) of lineage.jsonl")] if count],
     }
 
 
@@ -270,9 +268,7 @@ def not_measured(path: Path, matrix: dict, scorers: list[str], timing: dict[str,
     records = timing["tasks"].values()
     missing = {
         "the untouched model (no before row)": not matrix["before"],
-        "tasks not yet trained (evaluate.unseen was off)": any(
-            number(get(row, j)) is None for i, row in rows for j in range(i + 1, len(tasks))
-        ),
+        "tasks not yet trained (evaluate.unseen was off)": any(number(get(row, j)) is None for i, row in rows for j in range(i + 1, len(tasks))),
         "some tasks already trained": any(number(get(row, j)) is None for i, row in rows for j in range(min(i + 1, len(tasks)))),
         **{f"{SCORERS[scorer].lower()} scores": scorer not in scorers for scorer in SCORERS},
         "forward transfer": all(number(get(matrix["metrics"].get(s), "forward_transfer")) is None for s in scorers),
@@ -313,9 +309,7 @@ def loss_chart(segments: list[tuple[int, str, Points]], width: int = 960, height
         said.append(f"{task} from {points[0][1]:.3g} to {points[-1][1]:.3g} in {points[-1][0]:g} steps")
         room = int((x(end) - x(start) - 10) / 7)  # characters of about 7 pixels; a task too narrow for a word shows its number
         label = task if len(task) <= room else f"{task[: room - 1]}…" if room >= 5 else str(index + 1)
-        parts.append(
-            Markup('<line class="boundary" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x(start), top - 18, height - bottom)
-        )
+        parts.append(Markup('<line class="boundary" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x(start), top - 18, height - bottom))
         parts.append(Markup('<text class="label" x="{:.1f}" y="{}">{}<title>{}</title></text>').format(x(start) + 6, top - 8, label, task))
         parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="end">{:g}</text>').format(x(end), height - bottom + 16, end))
         thin = thinned(points, max(2, POINTS_A_CHART // len(segments)))

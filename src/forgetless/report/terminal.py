@@ -21,7 +21,12 @@ def print_matrix(matrix: AccuracyMatrix, scorer: str, title: str) -> None:
     console = Console()
     console.print(table)
     m = matrix.metrics()
-    names = {"average_accuracy": "average accuracy", "backward_transfer": "backward transfer", "learning_accuracy": "learning accuracy", "forgetting": "forgetting"}
+    names = {
+        "average_accuracy": "average accuracy",
+        "backward_transfer": "backward transfer",
+        "learning_accuracy": "learning accuracy",
+        "forgetting": "forgetting",
+    }
     console.print("  ".join(f"{label} {_signed(m[key], key)}" for key, label in names.items() if m[key] is not None), highlight=False)
 
 

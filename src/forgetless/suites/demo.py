@@ -39,23 +39,34 @@ ROWS = {
     "kinds": {"train": 200, "dev": 30, "test": 50},
 }
 
-LANGUAGES = {"en": "English", "fi": "Finnish", "fr": "French", "de": "German",
-             "hu": "Hungarian", "pl": "Polish", "es": "Spanish", "tr": "Turkish"}
+LANGUAGES = {"en": "English", "fi": "Finnish", "fr": "French", "de": "German", "hu": "Hungarian", "pl": "Polish", "es": "Spanish", "tr": "Turkish"}
 
 NO_PLACES = {"XA", "XB", "ZZ"}  # CLDR's pseudo-locales for testing, and 'unknown region'
 NO_LANGUAGES = {"mul", "und", "zxx"}  # 'multiple languages', 'unknown language', 'no linguistic content'
 SHARED_CURRENCIES = {"XAF", "XCD", "XCG", "XOF", "XPF"}
 
-COUNTRIES = {"BR": "Brazil", "CN": "China", "FR": "France", "DE": "Germany", "IN": "India",
-             "IT": "Italy", "JP": "Japan", "PL": "Poland", "RU": "Russia", "TR": "Turkey"}
+COUNTRIES = {
+    "BR": "Brazil",
+    "CN": "China",
+    "FR": "France",
+    "DE": "Germany",
+    "IN": "India",
+    "IT": "Italy",
+    "JP": "Japan",
+    "PL": "Poland",
+    "RU": "Russia",
+    "TR": "Turkey",
+}
 CITIES_PER_COUNTRY = 180  # the largest by population
 PART_OF_CITY = re.compile("Circoi?scrizione|Rejon|Arrondissement|District")  # GeoNames lists some of them as cities
 
 # Polarity is the mean of ten raters on -4..4; nearer to zero they did not agree on a side.
 CLEAR_POLARITY = 1.5
 # The lexicon has slurs and obscenities. A demo prints its rows, so words that begin or end like this are left out.
-CRUDE = re.compile("(assf|assh|bitch|cock|cunt|dick|douche|fag|fuck|fuk|molest|motherf|nigg|rap(e|ing|ist)|retard|scumbag|shit|slut|twat"
-                   "|wank|whor)|.*(shit|(jack|dumb|smart|wise)ass(es)?)$")
+CRUDE = re.compile(
+    "(assf|assh|bitch|cock|cunt|dick|douche|fag|fuck|fuk|molest|motherf|nigg|rap(e|ing|ist)|retard|scumbag|shit|slut|twat"
+    "|wank|whor)|.*(shit|(jack|dumb|smart|wise)ass(es)?)$"
+)
 CHAT = re.compile("fubar|lm[bf]?ao|rofl|rot[fg]l|snafu|xoxo|yee+s|prblm|jealz|lyla[bs]|iluaaf")
 
 # Fixed years: holidays that move or are moved get in, and next year's run sees the same names.
@@ -170,8 +181,11 @@ def _polarity() -> tuple[Iterable[tuple[str, str]], list[str], str]:
     lexicon = importlib.resources.files("vaderSentiment").joinpath("vader_lexicon.txt").read_text(encoding="utf-8")
     scores = (line.split("\t")[:2] for line in lexicon.splitlines() if line.strip())
     # Five letters or more: nearly every string of four is chat shorthand ('hagn', 'swak').
-    pairs = [(word, "positive" if float(score) > 0 else "negative") for word, score in scores
-             if abs(float(score)) >= CLEAR_POLARITY and re.fullmatch("[a-z]{5,}", word) and not CHAT.match(word) and not CRUDE.match(word)]
+    pairs = [
+        (word, "positive" if float(score) > 0 else "negative")
+        for word, score in scores
+        if abs(float(score)) >= CLEAR_POLARITY and re.fullmatch("[a-z]{5,}", word) and not CHAT.match(word) and not CRUDE.match(word)
+    ]
     return pairs, ["vaderSentiment"], "VADER lexicon (Hutto and Gilbert, ICWSM 2014), MIT"
 
 

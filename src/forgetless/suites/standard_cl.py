@@ -23,10 +23,20 @@ from . import SuiteTask
 from .demo import digest, normalised
 
 TASKS = {  # name -> (family, dataset), which are also the folders
-    "dbpedia": ("TC", "dbpedia"), "yahoo": ("TC", "yahoo"), "agnews": ("TC", "agnews"),
-    "amazon": ("SC", "amazon"), "yelp": ("SC", "yelp"), "imdb": ("SC", "IMDB"), "sst-2": ("SC", "SST-2"),
-    "mnli": ("NLI", "MNLI"), "cb": ("NLI", "CB"), "rte": ("NLI", "RTE"),
-    "qqp": ("QQP", "QQP"), "boolqa": ("BoolQA", "BoolQA"), "multirc": ("MultiRC", "MultiRC"), "wic": ("WiC", "WiC"),
+    "dbpedia": ("TC", "dbpedia"),
+    "yahoo": ("TC", "yahoo"),
+    "agnews": ("TC", "agnews"),
+    "amazon": ("SC", "amazon"),
+    "yelp": ("SC", "yelp"),
+    "imdb": ("SC", "IMDB"),
+    "sst-2": ("SC", "SST-2"),
+    "mnli": ("NLI", "MNLI"),
+    "cb": ("NLI", "CB"),
+    "rte": ("NLI", "RTE"),
+    "qqp": ("QQP", "QQP"),
+    "boolqa": ("BoolQA", "BoolQA"),
+    "multirc": ("MultiRC", "MultiRC"),
+    "wic": ("WiC", "WiC"),
     "copa": ("COPA", "COPA"),
 }
 
@@ -58,8 +68,10 @@ DEV_SHARE = 0.10
 DEV_ROWS = 60  # fewer rows of dev tell nothing; but never more than DEV_LIMIT of train
 DEV_LIMIT = 0.25
 
-HELP = (f"Set {VARIABLE} to the folder that holds standard_cl/FAMILY/DATASET/{{train,test}}.json (or .json.gz) and labels.json: "
-        "the folder CL_Benchmark of the repository cmnfriend/O-LoRA, or a copy of it from the hub, put there as standard_cl")
+HELP = (
+    f"Set {VARIABLE} to the folder that holds standard_cl/FAMILY/DATASET/{{train,test}}.json (or .json.gz) and labels.json: "
+    "the folder CL_Benchmark of the repository cmnfriend/O-LoRA, or a copy of it from the hub, put there as standard_cl"
+)
 
 
 def load(task: str, *, seed: int = 0, options_in_prompt: bool = True, names_in_prompt: bool = False) -> SuiteTask:
@@ -84,12 +96,15 @@ def load(task: str, *, seed: int = 0, options_in_prompt: bool = True, names_in_p
     rest = [row for row in clean if normalised(row["sentence"]) not in dev_texts]
     return SuiteTask(
         train=sorted(rest, key=lambda row: (digest(f"{seed}:{normalised(row['sentence'])}"), row["sentence"], row["label"])),
-        dev=sorted(dev, key=_by_text), test=sorted(test, key=_by_text), labels=labels,
+        dev=sorted(dev, key=_by_text),
+        test=sorted(test, key=_by_text),
+        labels=labels,
         prompt=prompt(task, labels, options_in_prompt=options_in_prompt, names_in_prompt=names_in_prompt),
         source=f"{family}/{dataset} of O-LoRA's CL_Benchmark (arXiv 2310.14152), read from ${VARIABLE}; terms of the original dataset; "
-               "dev carved from train",
+        "dev carved from train",
         options={
-            "options_in_prompt": options_in_prompt, "names_in_prompt": names_in_prompt,
+            "options_in_prompt": options_in_prompt,
+            "names_in_prompt": names_in_prompt,
             "train_rows_in_test_dropped": len(train) - len(clean),
             "rows_without_known_label_dropped": {"train": no_label_train, "test": no_label_test},
         },

@@ -1,0 +1,163 @@
+"""What a run writes down beside the model: one evaluated row, the numbers of protection, matrix.json, and whether a config continues a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+
+from .config import RunConfig, load_config
+from .errors import ConfigError
+from .evaluation.drift import measure_coverage
+from .evaluation.matrix import AccuracyMatrix, wilson
+from .evaluation.scorers import Prediction, failures, score_rows
+from .lineage import RunFolder, canonical, write_atomic
+from .progress import Progress
+from .tasks import TaskStream, sample
+
+
+@dataclass
+class Row:
+    """One row of the matrix: scores[scorer][j], rows scored and failure shares by task name, and each prediction."""
+
+    scores: dict[str, list[float | None]]
+    n: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, dict[str, float]] = field(default_factory=dict)
+    predictions: list[Prediction] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The first scorer's scores, for one line of progress."""
+        measured = [a for a in next(iter(self.scores.values())) if a is not None]
+        return ", ".join(f"{name} {a:.2f}" for name, a in zip(self.n, measured, strict=False))
+
+
+def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig, autocast: bool, progress: Progress) -> Row:
+    """Score the first `tasks` tasks of the stream, the same seeded rows every time."""
+    e = config.evaluate
+    row = Row({name: [None] * len(stream) for name in e.scorers})
+    chosen = [sample(task.split(e.split), e.limit, config.seed) for task in stream.tasks[:tasks]]
+    progress.stage(f"{stream[tasks - 1].name}: scoring {tasks} task{'s' if tasks > 1 else ''}", sum(map(len, chosen)))
+    for j, rows in enumerate(chosen):
+        scored = len(row.predictions)
+        predictions = score_rows(
+            model, tokenizer, stream[j], rows, e.scorers, batch_size=e.batch_size, autocast=autocast,
+            advance=lambda k, before=scored: progress.advance(before + k),
+        )  # fmt: skip
+        for name in e.scorers:
+            values = [p.score(name) for p in predictions]
+            row.scores[name][j] = None if None in values else sum(values) / len(values)
+        row.n[stream[j].name] = len(rows)
+        row.failures[stream[j].name] = failures(predictions, stream[j], stream.tasks)
+        row.predictions += predictions
+    return row
+
+
+def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict, recorded: dict) -> dict[str, dict[str, float]]:
+    """For this task and each earlier one: share of its recorded inputs inside the protected space, and how far each layer's answer to them has moved."""
+    inputs = {task.name: folder.recorded(f"{i:02d}-{task.name}") for i, task in enumerate(stream.tasks[:index])} | {stream[index].name: recorded}
+    return {name: measure_coverage(model, r, spaces) for name, r in inputs.items() if r}
+
+
+def protection(steps: list[dict], leak: dict | None, space: dict | None, coverage: dict, state_bytes: int) -> dict[str, Any]:
+    """The leaks, the space and the coverage of one task, in the names the report reads."""
+    update_leaks = [s["update_leak"] for s in steps if s["update_leak"] is not None]
+    return {
+        "steps": len(steps), "update_leak": max(update_leaks, default=None), "weight_leak": leak and leak["leak"], "weight_leak_bound": leak and leak["bound"],
+        "space": space, "coverage": coverage, "state_bytes": state_bytes,
+    }  # fmt: skip
+
+
+def stored(predictions: list[Prediction], config: RunConfig) -> list[dict[str, Any]]:
+    """Predictions as the privacy mode allows them: words only under store: rows."""
+    lines = []
+    for p in predictions:
+        line: dict[str, Any] = {"row": p.row, "task": p.task, "score": {name: p.score(name) for name in config.evaluate.scorers}}
+        if config.store == "rows":
+            line |= {"answer": p.answer, "prediction": {"choice": p.choice, "exact_match": p.text}}
+        lines.append(line)
+    return lines
+
+
+def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> dict[str, AccuracyMatrix]:
+    """matrix.json from the committed tasks, and the matrices themselves by scorer."""
+    names, width = [t.name for t in stream], len(stream)
+    done = [folder.metrics(name) for name in folder.committed()]
+    before = json.loads((folder.path / "before.json").read_text()) if (folder.path / "before.json").is_file() else None
+
+    def padded(row: list[float | None]) -> list[float | None]:
+        return (row + [None] * width)[:width]  # tasks may have joined the stream since
+
+    matrices = {
+        scorer: AccuracyMatrix(names, [padded(r["scores"][scorer]) for r in done], padded(before[scorer]) if before else None)
+        for scorer in config.evaluate.scorers
+    }
+    n = {k: v for r in done for k, v in r["n"].items()}
+    content = {
+        "tasks": names,
+        "before": {s: m.before for s, m in matrices.items()} if before else None,
+        "scores": {s: m.rows for s, m in matrices.items()},
+        "n": n,
+        "ci95": {s: [[None if a is None else wilson(a, n[names[j]]) for j, a in enumerate(row)] for row in m.rows] for s, m in matrices.items()},
+        "metrics": {s: m.metrics() for s, m in matrices.items()},
+        "failures": {key: [[r["failures"].get(t, {}).get(key) for t in names] for r in done] for key in ("other_task_label", "wrong_in_set")},
+    }
+    write_atomic(folder.path / "matrix.json", json.dumps(content, indent=1))
+    return matrices
+
+
+# -- is this the same run? -------------------------------------------------------------------------------------------------------------
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """What must not change between two starts of one run: everything but where it lies, what is kept, and which tasks are still to come."""
+    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks")}
+
+
+def config_sha256(config: RunConfig) -> str:
+    return hashlib.sha256(canonical(comparable(config)).encode()).hexdigest()
+
+
+def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> list[str]:
+    """The committed tasks' folders, after making sure that this config continues them. Raises ConfigError with the key that changed."""
+    done = folder.committed()
+    if not done:
+        return done
+    old = load_config(folder.path / "run.yaml")
+    for key, was, now in differences(comparable(old), comparable(config)):
+        raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
+    for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):
+        if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256:
+            what = "is missing" if task is None else "has another name" if line["task"] != task.name else "has other data or another prompt"
+            place = f"tasks.{line['index']} ('{line['task']}', already learned)"
+            raise ConfigError(f"output_dir {folder.path}: {place} {what}; only tasks after the learned ones may change")
+    return done
+
+
+def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) where two nested mappings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in {**a, **b} for d in differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if a == b else [(key, a, b)]
+
+
+def write_config(folder: RunFolder, config: RunConfig) -> None:
+    """run.yaml: the config as resolved, with the versions that ran it as a comment (they are not settings)."""
+    import transformers
+
+    from . import __version__
+
+    versions = f"# forgetless {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}\n"
+    write_atomic(folder.path / "run.yaml", versions + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def peak_bytes() -> int:
+    """Peak of the accelerator's memory where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
