@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .subspace import working_dtype
+
 
 class Sketch:
     """rows: (<= 2 * size, n), whose Gram matrix approximates sum G^T G. total: () exact energy. updates: () count, seeds the probes, so that a resumed run draws the same."""
@@ -23,18 +25,19 @@ class Sketch:
     def update(self, G: Tensor, scale: float = 1.0) -> None:
         """Add scale * G, G (m, n)."""
         m = G.shape[0]
+        G = G.to(working_dtype(G.dtype))
         if m <= self.probes:
-            Y = G.float()
+            Y = G
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.updates)
-            omega = torch.randn(self.probes, m, generator=generator).to(G.device)
-            Y = omega @ G.float()
-        energy = float(torch.linalg.vector_norm(G.float())) * scale
+            omega = torch.randn(self.probes, m, generator=generator).to(G.device, G.dtype)
+            Y = omega @ G
+        energy = float(torch.linalg.vector_norm(G)) * scale
         # the probes estimate ||G||^2 with an error of some per cent, which would blur the energy rule; it is known exactly, so say it
-        Y = Y * (energy / torch.linalg.vector_norm(Y).clamp_min(torch.finfo(torch.float32).tiny))
+        Y = Y * (energy / torch.linalg.vector_norm(Y).clamp_min(torch.finfo(Y.dtype).tiny))
         self.updates += 1
         self.total += energy**2
-        self.rows = torch.cat([self.rows.to(G.device), Y])
+        self.rows = torch.cat([self.rows.to(Y), Y])
         if self.rows.shape[0] >= 2 * self.size:
             self.compress()
 
@@ -44,7 +47,7 @@ class Sketch:
             return
         D = self.rows.double()
         lam, U = torch.linalg.eigh(D @ D.mT)  # (2 size, 2 size), however large n is
-        self.rows = (U[:, -self.size :].mT @ D).to(torch.float32).contiguous()
+        self.rows = (U[:, -self.size :].mT @ D).to(self.rows.dtype).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"rows": self.rows.contiguous(), "total": self.total.clone(), "updates": torch.tensor(self.updates)}

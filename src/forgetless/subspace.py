@@ -20,6 +20,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE_FP64 if dtype == torch.float64 else TOLERANCE
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What moments, bases and statistics of a weight of this dtype are kept in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass
 class Subspace:
     """A basis with an energy per direction.
@@ -283,5 +288,5 @@ def leak(D: Tensor, constraint: Constraint) -> float:
     0.7071067811865476
     """
     norm = float(D.double().norm())
-    constraint = constraint.to(D.device, D.dtype if D.dtype == torch.float64 else torch.float32)
+    constraint = constraint.to(D.device, working_dtype(D.dtype))
     return constraint.forbidden_norm(D) / norm if norm > 0 else 0.0

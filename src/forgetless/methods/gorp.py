@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..models import match_modules
 from ..sketch import Sketch
-from ..subspace import Constraint, Subspace, extend
+from ..subspace import Constraint, Subspace, extend, working_dtype
 from .base import Memory, Method, Options, clip_factor
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class GORP(Method):
                     self.statistics[name] = Sketch(G.shape[1], min(o.sketch_size, G.shape[1]), seed=i)
                 self.statistics[name].update(G, factor)
             else:
-                M = self.statistics.setdefault(name, torch.zeros(G.shape, device=G.device))
-                M.lerp_(G.float() * factor, 0.1)  # Adam's first moment, beta1 = 0.9
+                M = self.statistics.setdefault(name, torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device))
+                M.lerp_(G.to(M.dtype) * factor, 0.1)  # Adam's first moment, beta1 = 0.9
 
     @torch.no_grad()
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
@@ -117,8 +117,8 @@ class GORP(Method):
                 A, total = statistic.rows, float(statistic.total)
             else:
                 A, total = statistic, None
-            space = self.spaces.get(name) or Subspace.empty(A.shape[1])
-            space, lost = extend(space.to(A.device), A, o.energy, max_rank=o.max_rank, total=total)
+            space = self.spaces.get(name) or Subspace.empty(A.shape[1], A.dtype)
+            space, lost = extend(space.to(A), A, o.energy, max_rank=o.max_rank, total=total)
             evicted += lost
             self.spaces[name] = space = space.to("cpu")
             memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..subspace import Constraint
+from ..subspace import Constraint, working_dtype
 
 
 class Handle:
@@ -42,7 +42,7 @@ def constrain(optimizer: torch.optim.Optimizer, constraints: dict[Tensor, Constr
     @torch.no_grad()
     def restrict(*_) -> None:
         for p, W in before.items():
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            dtype = working_dtype(p.dtype)
             D = constraints[p].to(p.device, dtype).permitted(p.to(dtype) - W.to(dtype))
             p.copy_((W.to(dtype) + D).to(p.dtype))
         before.clear()

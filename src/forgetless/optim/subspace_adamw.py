@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..subspace import Constraint, orthonormalize, project_out, rotate_moments, tolerance, top_subspace
+from ..subspace import Constraint, orthonormalize, project_out, rotate_moments, tolerance, top_subspace, working_dtype
 
 REFRESH = ("cold", "warm", "exact", "svd")
 MOMENTS = ("rotate", "reset", "keep")
@@ -96,13 +96,13 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 raise ValueError(f"SubspaceAdamW: rank={group['rank']} on a tensor of shape {tuple(p.shape)}; low-rank state needs a matrix")
             if constraint is not None:
                 constraint.check(p.shape)
-                group["constraint"] = constraint = constraint.to(p.device, _state_dtype(p))
+                group["constraint"] = constraint = constraint.to(p.device, working_dtype(p.dtype))
             if group["weight_decay"] and (group["rank"] is not None or constraint is not None):
-                self.state[p]["start"] = p.detach().to(_state_dtype(p), copy=True)
+                self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
 
     @staticmethod
     def _plain(group: dict[str, Any], p: Tensor) -> bool:
-        return group["rank"] is None and group["constraint"] is None and _state_dtype(p) == p.dtype
+        return group["rank"] is None and group["constraint"] is None and working_dtype(p.dtype) == p.dtype
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         G = p.grad
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
-        dtype, constraint = _state_dtype(p), group["constraint"]
+        dtype, constraint = working_dtype(p.dtype), group["constraint"]
         if group["rank"] is None:
             if constraint is not None:
                 G.copy_(constraint.permitted(G.to(dtype)))
@@ -185,7 +185,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], p: Tensor, R: Tensor) -> float:
         """Adam on R, then the weight. Returns the leak of the update as computed, before it is rounded into the weight."""
-        state, dtype = self.state[p], _state_dtype(p)
+        state, dtype = self.state[p], working_dtype(p.dtype)
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=R.device)  # where the fused kernels want it
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
@@ -282,10 +282,6 @@ class SubspaceAdamW(torch.optim.Optimizer):
             total += p.numel() * size if group["weight_decay"] and not self._plain(group, p) else 0
             total += sum(t.nbytes for t in (constraint.inputs, constraint.outputs, constraint.mask) if t is not None) if constraint is not None else 0
         return total
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _sided(group: dict[str, Any], G: Tensor) -> Tensor:
