@@ -22,15 +22,14 @@ help:
 	@echo "  PYTHON=python3.12                    another Python, 3.11 or newer (now: $(PYTHON))"
 	@echo "  TORCH_ARGS=\"torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu\""
 	@echo "                                       another build of torch; on Linux PyPI's holds CUDA, and this one without it is 2 GB less (now: $(TORCH_ARGS))"
-	@echo "  PYTEST_ARGS=\"-k subspace\"            handed to pytest"
+	@echo "  PYTEST_ARGS=\"-n 2 -k subspace\"       handed to pytest; -n 2 shares the tests between two processes, one thread each"
 	@echo "  DEMO_ARGS=\"--steps 10 --limit 30\"    handed to examples/demo.py, which explains itself with --help"
 
 demo: $(STAMP)
 	@$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
 
-# Two processes of one thread each beat one of two: 73 s of each core against 105 s of one. PYTEST_ARGS="-n 0" for a debugger.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -40,19 +40,21 @@ def test_the_tree_of_labels_scores_as_whole_sequences_do(model, tokenizer):
     """Padded batch, labels as branches in one pass = one plain forward a (row, label)."""
     task = make_task()
     prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
-    labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
-    assert {len(label) for label in labels} == {1, 2, 3, 4}
+    labels = [task.encode_answer(tokenizer, label) for label in task.labels]
+    assert {len(label) for label in labels} == {2, 3, 4, 5}
     with torch.no_grad():
         tree = _likelihoods(model, _prefill(model, prompts), labels)
-        for row, prompt in zip(tree, prompts, strict=True):
-            torch.testing.assert_close(row, likelihoods_plain(model, prompt, labels), atol=2e-5, rtol=1e-5)
+        lengths = torch.tensor([len(label) - 1 for label in labels])
+        for whole, normalized, prompt in zip(tree.whole, tree.normalized, prompts, strict=True):
+            torch.testing.assert_close(whole, likelihoods_plain(model, prompt, labels), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(normalized, likelihoods_plain(model, prompt, [label[:-1] for label in labels]) / lengths, atol=2e-5, rtol=1e-5)
 
 
 def test_greedy_after_the_tree_is_generate(model, tokenizer):
     """The branches stay in the cache; what is generated afterwards must not see them."""
     task = make_task()
     prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
-    labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
+    labels = [task.encode_answer(tokenizer, label) for label in task.labels]
     with torch.no_grad():
         state = _prefill(model, prompts)
         _likelihoods(model, state, labels)
@@ -81,12 +83,10 @@ def test_calibration_removes_a_bias_toward_one_label(model, tokenizer):
     red = tokenizer(" red").input_ids[0]
     task = make_task(labels=("red", "blue", "green"))
     loud.lm_head.bias = torch.nn.Parameter(8.0 * torch.nn.functional.one_hot(torch.tensor(red), loud.lm_head.out_features).float())
-    plain = [p.choice for p in score_rows(model, tokenizer, task, task.test, ["choice"])]
-    assert [p.choice for p in score_rows(loud, tokenizer, task, task.test, ["choice"])] == plain
-    with torch.no_grad():
-        labels = [task.encode_answer(tokenizer, label, end=False) for label in task.labels]
-        raw = _likelihoods(loud, _prefill(loud, [task.encode_prompt(tokenizer, e.text) for e in task.test]), labels).argmax(1)
-    assert set(raw.tolist()) == {0}  # without calibration the bias is all one sees
+    plain = [p.calibrated for p in score_rows(model, tokenizer, task, task.test, ["calibrated"])]
+    both = score_rows(loud, tokenizer, task, task.test, ["choice", "calibrated"])
+    assert [p.calibrated for p in both] == plain
+    assert {p.choice for p in both} == {"red"}  # uncalibrated, the bias is all one sees
 
 
 def test_free_text_tasks_have_no_choice(model, tokenizer):
@@ -103,7 +103,7 @@ def test_exact_match_ignores_case_punctuation_and_spaces(a, b):
 
 def test_failures_are_split_into_drift_and_confusion():
     own, other = Task("own", "{sentence}", [], [], [], labels=["red", "blue"]), Task("other", "{sentence}", [], [], [], labels=["cat", "Blue"])
-    predictions = [Prediction(i, "own", "red", None, text) for i, text in enumerate(["red", "blue", "Cat", "xyz"])]
+    predictions = [Prediction(i, "own", "red", text=text) for i, text in enumerate(["red", "blue", "Cat", "xyz"])]
     assert failures(predictions, own, [own, other]) == {"other_task_label": 0.25, "wrong_in_set": 0.25}
 
 

@@ -116,7 +116,7 @@ class EvaluateConfig(_Model):
     split: Literal["test", "dev"] = "test"
     unseen: bool = False
     """Also measure the untouched model and tasks not trained yet (forward transfer needs them)."""
-    scorers: list[Literal["choice", "exact_match"]] = Field(default_factory=lambda: ["choice", "exact_match"])
+    scorers: list[Literal["choice", "calibrated", "exact_match"]] = Field(default_factory=lambda: ["choice", "exact_match"])
     batch_size: int = Field(16, ge=1)
 
 

@@ -79,7 +79,7 @@ def stored(predictions: list[Prediction], config: RunConfig) -> list[dict[str, A
     for p in predictions:
         line: dict[str, Any] = {"row": p.row, "task": p.task, "score": {name: p.score(name) for name in config.evaluate.scorers}}
         if config.store == "rows":
-            line |= {"answer": p.answer, "prediction": {"choice": p.choice, "exact_match": p.text}}
+            line |= {"answer": p.answer, "prediction": {"choice": p.choice, "calibrated": p.calibrated, "exact_match": p.text}}
         lines.append(line)
     return lines
 

@@ -20,7 +20,7 @@ from .config import COLUMNS, RunConfig, TaskConfig
 from .errors import ConfigError, DataError, nearest
 
 DEFAULT_PROMPT = "Text: {sentence}\nAnswer:"
-CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021 (arXiv 2102.09690): what the model answers to these is its bias, not its knowledge
+CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021 (arXiv 2102.09690)
 
 
 @dataclass(frozen=True)
