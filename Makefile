@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # The same version in another build, for one machine: make demo TORCH_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -22,7 +22,7 @@ help:
 	@echo "  PYTHON=python3.12                    another Python, 3.11 or newer (now: $(PYTHON))"
 	@echo "  TORCH_ARGS=\"torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu\""
 	@echo "                                       another build of torch; on Linux PyPI's holds CUDA, and this one without it is 2 GB less (now: $(TORCH_ARGS))"
-	@echo "  PYTEST_ARGS=\"-n 2 -k subspace\"       handed to pytest; -n 2 shares the tests between two processes, one thread each"
+	@echo "  PYTEST_ARGS=\"-n 2 -k subspace\"       handed to pytest (now: $(PYTEST_ARGS)); -n 2 shares the tests between two processes, one thread each"
 	@echo "  DEMO_ARGS=\"--steps 10 --limit 30\"    handed to examples/demo.py, which explains itself with --help"
 
 demo: $(STAMP)

