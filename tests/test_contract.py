@@ -21,7 +21,7 @@ from forgetless.optim import SubspaceAdamW
 
 VARIANTS = {
     "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-dense": {"rank": None, "full_lr_ratio": 1.0}, "gorp-first_moment": {"space_from": "first_moment"},
-    "gorp-outputs": {"side": "outputs"}, "gorp-max_rank": {"max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.down_proj"},
+    "gorp-outputs": {"side": "outputs"}, "gorp-max_rank": {"max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
@@ -287,3 +287,84 @@ def test_the_state_folder_holds_no_pickle(small_run):
     kinds = {p.suffix for p in (result.path / "tasks").rglob("*") if p.is_file()}
     assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja"}
     assert load_memory(result.path / "tasks" / "00-colour" / "state").tensors
+
+
+# -- found by review: each was wrong once --------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_seed_works(small_run):
+    fl.run(small_run("gorp", tasks=("colour",), seed=4_000_000))
+
+
+def test_a_stale_before_row_of_an_attempt_that_committed_nothing_is_dropped(small_run, monkeypatch):
+    import forgetless.loop as loop
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    config = small_run("gorp", tasks=("colour",))
+    monkeypatch.setattr(loop, "train_task", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fl.run(config | {"evaluate": {"limit": 8, "unseen": True}})
+    monkeypatch.undo()
+    assert fl.run(config).matrix.before is None
+
+
+def test_a_kill_right_after_the_commit_loses_no_leak_and_no_loss(small_run, monkeypatch):
+    config = small_run("gorp", tasks=("colour",))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "note_task", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fl.run(config)
+    monkeypatch.undo()
+    result = fl.run(config)
+    events = [json.loads(line) for line in (result.path / "timing.jsonl").read_text().splitlines()]
+    assert result.resumed_at == 1 and [e["event"] for e in events] == ["step"] * 6 + ["task"] and events[-1]["steps"] == 6
+    fl.run(config)
+    assert len((result.path / "timing.jsonl").read_text().splitlines()) == 7  # once
+
+
+def test_a_model_changed_behind_the_lineage_is_refused(small_run):
+    from safetensors.torch import load_file, save_file
+
+    from forgetless.errors import DataError
+
+    config = small_run("gorp", tasks=("colour",))
+    path = fl.run(config).path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="not the model that was committed"):
+        fl.run(small_run("gorp", tasks=("colour", "animal")))
+
+
+def test_run_yaml_holds_every_default_and_a_changed_default_is_a_changed_run(small_run):
+    import yaml
+
+    config = small_run("gorp", tasks=("colour",))
+    saved = yaml.safe_load((fl.run(config).path / "run.yaml").read_text())
+    assert (
+        saved["method"]["rank"] == 8
+        and saved["method"]["energy"] == 0.95
+        and saved["train"]["lr_scheduler_type"] == "constant"
+        and saved["train"]["bf16"] is False
+    )
+    fl.run(config | {"method": {"name": "gorp", "rank": 8}})  # the same, said aloud
+    with pytest.raises(ConfigError, match=r"method\.energy: 0\.95, now method\.energy: 0\.9\."):
+        fl.run(config | {"method": {"name": "gorp", "energy": 0.9}})
+
+
+def test_recording_inputs_leaves_no_dropout_and_no_mode_behind(loaded):
+    from forgetless.evaluation.drift import record_inputs
+    from forgetless.tasks import Example, Task
+
+    model, tokenizer = loaded
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    model.train()
+    rows = [Example("cat red", "red", 0)]
+    record_inputs(model, tokenizer, Task("t", "{sentence}", rows, rows, rows), seed=0)
+    assert seen == [False] and model.training

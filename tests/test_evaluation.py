@@ -127,6 +127,11 @@ def test_forgetting_is_from_the_best_ever_and_bwt_from_the_diagonal():
     assert m.backward_transfer() == pytest.approx(0.05) and m.forgetting() == pytest.approx(0.15)
 
 
+def test_bwt_where_the_last_task_has_no_such_score():
+    m = AccuracyMatrix(["a", "b", "text"], [[0.9, None, None], [0.8, 0.9, None], [0.7, 0.8, None]])
+    assert m.backward_transfer() == pytest.approx(((0.7 - 0.9) + (0.8 - 0.9)) / 2) and m.forgetting() == pytest.approx(0.15)
+
+
 def test_an_unfinished_run_and_missing_cells():
     empty = AccuracyMatrix(["a", "b"])
     assert set(empty.metrics().values()) == {None}

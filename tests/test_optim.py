@@ -347,6 +347,23 @@ def test_constrain_any_torch_optimizer(make):
     assert leak(W.detach() - start, c) > 1e-9
 
 
+def test_constrain_holds_when_a_closure_makes_the_gradient_inside_step():
+    W, c = weight(torch.float64), Constraint(inputs=basis(N, 4, dtype=torch.float64))
+    opt = torch.optim.LBFGS([W], lr=0.1)
+    start = W.detach().clone()
+    constrain(opt, {W: c})
+
+    def closure():
+        opt.zero_grad()
+        loss = (W - 1).square().sum() + (W @ torch.ones(N, dtype=torch.float64)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        opt.step(closure)
+    assert float((W - start).norm()) > 1e-3 and leak(W.detach() - start, c) < 1e-10
+
+
 def test_constrain_refuses_a_weight_the_optimizer_does_not_train():
     with pytest.raises(ValueError, match="not among"):
         constrain(torch.optim.SGD([weight()], lr=0.1), {weight(): Constraint(inputs=basis(N, 2))})

@@ -68,7 +68,9 @@ def final(seeds=(0, 1)) -> dict[str, dict]:
 
 
 def work(name: str, settings: dict) -> tuple[str, int]:
-    """One run in a process of its own, one thread."""
+    """One run in a process of its own, one thread; nothing where it is finished."""
+    if finished(name, settings):
+        return name, 0
     RUNS.mkdir(parents=True, exist_ok=True)
     path = RUNS / f"{name}.yaml"
     path.write_text(json.dumps(settings, indent=1))  # JSON is YAML
@@ -78,6 +80,11 @@ def work(name: str, settings: dict) -> tuple[str, int]:
         status = subprocess.run([sys.executable, "-m", "forgetless", "run", str(path)], stderr=log, stdout=log, env=env, cwd=ROOT).returncode
     print(f"{name}: exit {status}, {time.time() - begun:.0f} s", flush=True)
     return name, status
+
+
+def finished(name: str, settings: dict) -> bool:
+    matrix = read(name)
+    return matrix is not None and len(next(iter(matrix["scores"].values()))) == len(settings["tasks"])
 
 
 def read(name: str) -> dict | None:
@@ -91,43 +98,86 @@ def read(name: str) -> dict | None:
 
 
 def collect(queue: dict[str, dict], out: Path) -> None:
-    """Everything measured so far, with the environment, into one JSON file."""
-    import torch
-    import transformers
-
-    import forgetless
-
-    environment = {
-        "forgetless": forgetless.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "machine": platform.machine(), "device": "CPU, one thread a run, bf16 autocast over fp32 weights",
-    }  # fmt: skip
+    """Every finished run with what it ran on, and the differences, in one JSON file."""
     runs = {}
     for name, settings in queue.items():
         matrix = read(name)
-        if matrix:
+        if finished(name, settings):
             where = {k: v for k, v in settings.items() if k != "output_dir"}
-            runs[name] = {"config": where, **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures", "protection")}}
+            versions = (RUNS / name / "run.yaml").read_text().splitlines()[0].removeprefix("# ")
+            runs[name] = {
+                "config": where,
+                "versions": versions,
+                **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures", "protection")},
+            }
+    environment = {"machine": platform.machine(), "cpu": cpu_name(), "threads": 1, "device": "CPU", "bf16_autocast": True}
+    content = {
+        "command": f"python benchmarks/scripts/standard_cl.py {out.stem.split('_')[-1]}",
+        "environment": environment,
+        "differences": differences(),
+        "runs": runs,
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps(
-            {"command": f"python benchmarks/scripts/standard_cl.py {out.stem.split('_')[-1]}", "environment": environment, "runs": runs}, indent=1
-        )
-    )
-    print(f"{len(runs)} of {len(queue)} runs -> {out.relative_to(ROOT)}")
+    out.write_text(json.dumps(content, indent=1))
+    print(f"{len(runs)} of {len(queue)} runs -> {out.relative_to(ROOT)}", flush=True)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def last_task(name: str) -> Path:
+    return RUNS / name / "tasks" / f"{len(ORDER) - 1:02d}-{ORDER[-1]}"
+
+
+def final_scores(name: str) -> dict[tuple, dict[str, float]]:
+    """{(task, row): {scorer: 0 or 1}} of the last commit of a run."""
+    rows = (last_task(name) / "predictions.jsonl").read_text().splitlines()
+    return {(p["task"], p["row"]): p["score"] for p in map(json.loads, rows)}
+
+
+def differences(seeds=(0, 1)) -> list[dict]:
+    """gorp minus each baseline in final accuracy over the same test rows (as many a task), with a 95 % paired bootstrap interval, over the seeds both have."""
+    from forgetless.evaluation.matrix import paired_bootstrap
+
+    entries = []
+    for tag in ("options", "bare"):
+        for other in ("seqft", "seqft-linear"):
+            pairs = [(f"final-{tag}-gorp-seed{s}", f"final-{tag}-{other}-seed{s}", s) for s in seeds]
+            pairs = [p for p in pairs if last_task(p[0]).is_dir() and last_task(p[1]).is_dir()]
+            for scorer in ("choice", "calibrated", "exact_match") if pairs else ():
+                a, b = [], []
+                for ours, theirs, _ in pairs:
+                    x, y = final_scores(ours), final_scores(theirs)
+                    assert x.keys() == y.keys()
+                    a += [x[k][scorer] for k in sorted(x)]
+                    b += [y[k][scorer] for k in sorted(x)]
+                d, low, high = paired_bootstrap(a, b)
+                where = {"prompt": tag, "gorp_minus": other, "scorer": scorer}
+                entries.append(where | {"difference": d, "ci95": [low, high], "rows": len(a), "seeds": [p[2] for p in pairs]})
+    return entries
 
 
 def table(path: Path) -> None:
-    print(f"{'run':<38}{'choice AA':>10}{'BWT':>8}{'LA':>7}{'exact AA':>10}{'BWT':>8}{'LA':>7}{'update leak':>13}{'space':>7}")
-    for name, r in json.loads(path.read_text())["runs"].items():
-        c, e, p = r["metrics"].get("choice", {}), r["metrics"].get("exact_match", {}), r["protection"][-1]
-
-        def f(m, k, sign=""):
-            return "-" if m.get(k) is None else f"{m[k]:{sign}.3f}"
-
-        leak = "-" if not p["space"] else f"{p['update_leak']:.1e}"
-        share = "-" if not p["space"] else f"{p['space']['share']:.2f}"
-        line = f"{name:<38}{f(c, 'average_accuracy'):>10}{f(c, 'backward_transfer', '+'):>8}{f(c, 'learning_accuracy'):>7}"
-        print(line + f"{f(e, 'average_accuracy'):>10}{f(e, 'backward_transfer', '+'):>8}{f(e, 'learning_accuracy'):>7}{leak:>13}{share:>7}")
+    content = json.loads(path.read_text())
+    print(f"{'run':<34}" + "".join(f"{s:<21}" for s in ("choice AA/BWT/LA", "calibrated", "exact match")) + "update leak  space")
+    for name, r in content["runs"].items():
+        cells = []
+        for scorer in ("choice", "calibrated", "exact_match"):
+            m = r["metrics"].get(scorer)
+            cells.append(f"{m['average_accuracy']:.3f} {m['backward_transfer']:+.3f} {m['learning_accuracy']:.3f}" if m else "-")
+        p = r["protection"][-1]
+        space = f"{p['update_leak']:.1e}      {p['space']['share']:.2f}" if p["space"] else "-            -"
+        print(f"{name:<34}" + "".join(f"{c:<21}" for c in cells) + space)
+    for d in content["differences"]:
+        low, high = d["ci95"]
+        print(
+            f"{d['prompt']:<9}gorp - {d['gorp_minus']:<14}{d['scorer']:<13}{d['difference']:+.3f}  [{low:+.3f}, {high:+.3f}]  {d['rows']} rows, seeds {d['seeds']}"
+        )
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ OWN_TRAIN_KEYS = {
     "output_dir": "use output_dir at the top level", "seed": "use seed at the top level", "data_seed": "use seed at the top level",
     "save_strategy": "take it out, a task is saved when it ends", "eval_strategy": "use the section evaluate", "optim": "use the section method",
     "report_to": "take it out, losses are in timing.jsonl", "remove_unused_columns": "take it out", "push_to_hub": "take it out, nothing leaves this machine",
+    "label_smoothing_factor": "take it out, the loss is the answer tokens' cross-entropy", "optim_target_modules": "use the method's module options",
+    "fp16": "use bf16 (fp16 scales gradients, which methods read)",
 }  # fmt: skip
 # the numbers of `train` that transformers reads without a look, and their least values; the others it checks itself
 LEAST = {
@@ -116,12 +118,12 @@ class EvaluateConfig(_Model):
     split: Literal["test", "dev"] = "test"
     unseen: bool = False
     """Also measure the untouched model and tasks not trained yet (forward transfer needs them)."""
-    scorers: list[Literal["choice", "calibrated", "exact_match"]] = Field(default_factory=lambda: ["choice", "exact_match"])
+    scorers: list[Literal["choice", "calibrated", "exact_match"]] = Field(default_factory=lambda: ["choice", "exact_match"], min_length=1)
     batch_size: int = Field(16, ge=1)
 
 
 class RunConfig(_Model):
-    """A run. See docs in README.md, section "The configuration"."""
+    """A run; README.md shows a whole one, src/forgetless/first.yaml explains each key."""
 
     model: str = Field(min_length=1)
     trust_remote_code: bool = False

@@ -37,8 +37,10 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     from .methods import get
     from .optim import SubspaceAdamW
     from .tasks import load_stream
+    from .trainer import training_arguments
 
     method = get(config.method.name, **config.method.options)
+    args = training_arguments(config.train, config.seed, config.output_dir)
     stream = load_stream(config)
     model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
     groups = method.param_groups(model)
@@ -62,7 +64,10 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
-            "optimizer_state": SubspaceAdamW(groups, lr=1e-4).planned_bytes(), "adamw_state_same_tensors": 8 * trained,
+            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay).planned_bytes(),
+            "method_statistics_at_most": method.statistics_bytes(model),
+            "copy_for_the_weight_leak": sum(p.nbytes for g in groups for p in g["params"]) if method.constrained else 0,
+            "adamw_state_same_tensors": 8 * trained,
         },
         "tasks": tasks,
     }  # fmt: skip

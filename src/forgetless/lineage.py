@@ -54,9 +54,10 @@ class RunFolder:
         """A folder of somebody else is never written to, not even one that has names of ours in it."""
         entries = sorted(p.name for p in self.path.iterdir())
         tasks = self.path / "tasks"
-        foreign = [name for name in entries if name not in FILES | TEMPORARY]
-        foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
         ours = {".lock", "current"} & set(entries)
+        # beside a run of ours anything may lie: only tasks/ and model are ever cleaned
+        foreign = [] if ours else [name for name in entries if name not in FILES | TEMPORARY]
+        foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
         if (model := self.path / "model").exists() and not model.is_symlink():
             if "current" in entries and not foreign:
                 raise ConfigError(f"output_dir {self.path}: model is not the link to the current task's model; move it away, the link comes back")
@@ -89,6 +90,7 @@ class RunFolder:
             if folder.name not in done:
                 shutil.rmtree(folder)
         self._point_model()
+        self.restore_timing()
 
     def committed(self) -> list[str]:
         """Folder names under tasks/ in order, up to `current`."""
@@ -187,10 +189,28 @@ class RunFolder:
         except ValueError:
             raise self._damaged(f"{file.relative_to(self.path)} is not valid JSON") from None
 
-    def note_time(self, events: list[dict[str, Any]]) -> None:
-        """Append to timing.jsonl, which is beside the lineage because clocks differ."""
-        with (self.path / "timing.jsonl").open("a") as f:
-            f.write("".join(json.dumps(event) + "\n" for event in events))
+    def note_task(self, metrics: dict[str, Any], seconds: dict[str, Any]) -> None:
+        """Append a task's steps and numbers to timing.jsonl, which is beside the lineage because clocks differ."""
+        place = {"task": metrics["task"], "index": metrics["index"]}
+        events = [{"event": "step", **place, **step} for step in metrics["steps"]] + [{"event": "task", **place, **seconds, **metrics["protection"]}]
+        file = self.path / "timing.jsonl"
+        torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+        with file.open("a") as f:
+            f.write("\n" * torn + "".join(json.dumps(event) + "\n" for event in events))
+
+    def restore_timing(self) -> None:
+        """A kill right after a commit loses its lines in timing.jsonl: write them again, without the seconds, which nobody measured."""
+        noted = _read(self.path / "timing.jsonl")
+        for name in self.committed():
+            metrics = self.metrics(name)
+            if f'"event": "task", "task": {json.dumps(metrics["task"])}, "index": {metrics["index"]},' not in noted:
+                self.note_task(metrics, {})
+
+    def check_model(self, model: nn.Module, name: str) -> None:
+        """Raise DataError unless `model` is what the commit `name` recorded."""
+        line = next(x for x in self.lineage() if f"{x['index']:02d}-{x['task']}" == name)
+        if model_sha256(model) != line["model_sha256"]:
+            raise self._damaged(f"tasks/{name}/model is not the model that was committed (its hash differs from lineage.jsonl)")
 
 
 def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> None:

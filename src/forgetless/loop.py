@@ -22,14 +22,14 @@ from .lineage import RunFolder, write_atomic
 from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
-from .record import check_same_run, config_sha256, cover, evaluate, peak_bytes, protection, stored, write_config, write_matrix
+from .record import check_same_run, config_sha256, cover, evaluate, peak_bytes, protection, resolve, stored, write_config, write_matrix
 from .tasks import TaskStream, load_stream
-from .trainer import bf16_pays, train_task, training_arguments
+from .trainer import train_task, training_arguments
 
 
 @dataclass
 class Result:
-    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first of them (choice) in `matrix`."""
+    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first that has values (choice, as a rule) in `matrix`."""
 
     path: Path
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Result:
 
     @property
     def matrix(self) -> AccuracyMatrix:
-        return next(iter(self.matrices.values()))
+        return next((m for m in self.matrices.values() if m.average_accuracy() is not None), next(iter(self.matrices.values())))
 
 
 def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str, ...] = (), progress: Progress | None = None) -> Result:
@@ -45,7 +45,7 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     # everything that can be refused is refused here, before the first step
     config, progress = load_config(config, overrides), progress or Progress()
     method = get(config.method.name, **config.method.options)
-    training_arguments(config.train, config.seed, config.output_dir)
+    config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     stream = load_stream(config)
     for task in stream:
         if task.overlap:
@@ -66,6 +66,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     model, tokenizer, memory = start(folder, config, stream, method, done, progress)
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
+        progress.tasks(index, len(stream))
         torch.manual_seed(seed)
         begun = time.perf_counter()
 
@@ -86,12 +87,19 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
 
         # commit: after this line the task is learned, whatever happens
         entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": row.scores}
-        metrics = {"task": task.name, "index": index, "scores": row.scores, "n": row.n, "failures": row.failures, "protection": kept}
+        metrics = {
+            "task": task.name,
+            "index": index,
+            "scores": row.scores,
+            "n": row.n,
+            "failures": row.failures,
+            "protection": kept,
+            "steps": trained.steps,
+        }
         folder.commit(index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry, config.keep)
 
         seconds = {"train_seconds": trained_at - begun, "eval_seconds": time.perf_counter() - trained_at, "peak_bytes": peak_bytes()}
-        folder.note_time([{"event": "step", "task": task.name, "index": index, **step} for step in trained.steps])
-        folder.note_time([{"event": "task", "task": task.name, "index": index, **seconds, **kept}])
+        folder.note_task(metrics, seconds)
         write_matrix(folder, config, stream)
         progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
 
@@ -108,7 +116,11 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if not done:
         method.param_groups(model)  # no module matched: likewise
     write_config(folder, config)
+    if done:
+        folder.check_model(model, done[-1])
+    else:
+        (folder.path / "before.json").unlink(missing_ok=True)  # of an attempt that committed nothing
     if not done and config.evaluate.unseen:
-        before = evaluate(model, tokenizer, stream, len(stream), config, bf16_pays(), progress)
+        before = evaluate(model, tokenizer, stream, len(stream), config, config.train["bf16"], progress)
         write_atomic(folder.path / "before.json", json.dumps(before.scores))
     return model, tokenizer, memory

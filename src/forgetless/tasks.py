@@ -78,14 +78,16 @@ class Task:
             )
         return ids
 
-    def encode_answer(self, tokenizer, answer: str, end: bool = True) -> list[int]:
+    def encode_answer(self, tokenizer, answer: str, end: bool = True, prompt_end: str = "") -> list[int]:
         """Token ids of " answer", with the end token where `end`."""
-        ids = tokenizer(answer if self.prompt == "{sentence}" and answer[:1].isspace() else " " + answer, add_special_tokens=False).input_ids
+        free = self.prompt == "{sentence}"  # the user wrote the whole prompt: a space only where neither side has white space
+        joined = answer if free and (answer[:1].isspace() or prompt_end.isspace()) else " " + answer
+        ids = tokenizer(joined, add_special_tokens=False).input_ids
         return ids + [tokenizer.eos_token_id] if end else ids
 
     def encode(self, tokenizer, example: Example) -> dict[str, list[int]]:
         """{"input_ids", "labels"} of one training row; labels are -100 on the prompt."""
-        prompt, answer = self.encode_prompt(tokenizer, example.text), self.encode_answer(tokenizer, example.answer)
+        prompt, answer = self.encode_prompt(tokenizer, example.text), self.encode_answer(tokenizer, example.answer, prompt_end=example.text[-1:])
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
@@ -136,7 +138,7 @@ def load_task(config: TaskConfig, seed: int = 0) -> Task:
 
 
 def sample(rows: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """At most `limit` rows, the same for the same seed wherever they stand in the file, in their order there."""
+    """At most `limit` rows, the same for the same seed and file, in their order there."""
     if limit is None or len(rows) <= limit:
         return list(rows)
     chosen = sorted(rows, key=lambda e: _sha(f"{seed}\0{e.text}\0{e.answer}\0{e.row}"))[:limit]

@@ -35,7 +35,7 @@ def training_arguments(train: dict[str, Any], seed: int, output_dir: str):
             raise ConfigError(f"train.{key}: TrainingArguments has no such name{nearest(key, known)[:300]}")
     values = DEFAULTS | train
     if "bf16" not in train:
-        values["bf16"] = bf16_pays()
+        values["bf16"] = bf16_pays(bool(values.get("use_cpu")))
     own = dict(
         output_dir=output_dir,
         seed=seed,
@@ -46,14 +46,17 @@ def training_arguments(train: dict[str, Any], seed: int, output_dir: str):
         use_cpu=values.pop("use_cpu", not torch.cuda.is_available()),
     )
     try:
-        return TrainingArguments(**values, **own)
+        args = TrainingArguments(**values, **own)
+        if args.n_gpu > 1:
+            raise ConfigError(f"{args.n_gpu} GPUs are visible and only one process runs: set CUDA_VISIBLE_DEVICES=0")
+        return args
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train: TrainingArguments refused it: {' '.join(str(error).split())[:300]}") from None
 
 
-def bf16_pays() -> bool:
+def bf16_pays(use_cpu: bool = False) -> bool:
     """bf16 autocast where the hardware has the instructions (on a CPU with AVX512-BF16 a training step takes about half as long)."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.is_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
 
@@ -97,6 +100,7 @@ def train_task(
         args.max_grad_norm = 0.0  # the Trainer clips before the projection; the optimizer does after it
         start = {p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None for p in g["params"]}
         log: list[dict[str, Any]] = []
+        attention = model.config._attn_implementation
 
         class Hooks(TrainerCallback):
             def on_pre_optimizer_step(self, args, state, control, **_):
@@ -132,6 +136,9 @@ def train_task(
                 return loss
 
         data = Encoded(task, tokenizer, rows)
+        if args.use_cpu and max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50))) <= 512:
+            # torch 2.13's fused attention is slow backwards on a CPU: a quarter of a step at 8 x 130 tokens. Beyond some length its memory would win
+            model.set_attn_implementation("eager")
         trainer = TaskTrainer(
             model=model,
             args=args,
@@ -150,6 +157,7 @@ def train_task(
         try:
             trainer.train()
         finally:
+            model.set_attn_implementation(attention)
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
     if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
         raise Diverged(

@@ -39,12 +39,15 @@ def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int 
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()  # with dropout on, what is recorded would be noise
     try:
         for example in chosen:
             ids = torch.tensor([task.encode(tokenizer, example)["input_ids"]], device=device)
             pick[0] = torch.randperm(ids.shape[1], generator=generator)[:per_row]
             model(input_ids=ids)
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
     out = {}

@@ -33,7 +33,7 @@ class AccuracyMatrix:
 
     def backward_transfer(self) -> float | None:
         """BWT = mean over j < T-1 of a[T-1][j] - a[j][j]; negative is forgetting. None with fewer than two tasks."""
-        return _mean([a - self.rows[j][j] for j, a in self._last()[:-1] if self.rows[j][j] is not None])
+        return _mean([a - self.rows[j][j] for j, a in self._last() if j < len(self.rows) - 1 and self.rows[j][j] is not None])
 
     def _forgotten(self) -> list[float]:
         earlier = range(len(self.rows) - 1)

@@ -83,6 +83,8 @@ def score_rows(
 
 def failures(predictions: list[Prediction], task: Task, others: list[Task]) -> dict[str, float]:
     """Shares of rows whose generated answer is wrong because it is a word of another task's label set (answer-word drift), or wrong within the set."""
+    if all(p.text is None for p in predictions):
+        return {}  # nothing was generated, so nothing was measured
     own = {normalize(label) for label in task.labels or []}
     foreign = {normalize(label) for other in others if other is not task for label in other.labels or []} - own
     wrong = [normalize(p.text) for p in predictions if p.text is not None and p.score("exact_match") == 0.0]

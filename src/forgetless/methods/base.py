@@ -86,6 +86,10 @@ class Method:
         """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
         return model
 
+    def statistics_bytes(self, model: nn.Module) -> int:
+        """Most bytes of what on_step collects while a task trains, beside the optimizer's state."""
+        return 0
+
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         """Module name -> basis V (in, k) of the input directions that are protected now, for the record of coverage."""
         return {}

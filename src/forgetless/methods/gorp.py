@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..models import match_modules
 from ..sketch import Sketch
-from ..subspace import Constraint, Subspace, extend, working_dtype
+from ..subspace import Constraint, Subspace, coverage, extend, working_dtype
 from .base import Memory, Method, Options, clip_factor
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class GORP(Method):
         for name, module in self.modules(model).items():
             space = self.spaces.get(name)
             constraint = Constraint(**{o.side: space}) if o.use_shared_space and space is not None and space.rank else None
+            if o.rank is None and constraint is None:  # an empty space, so that weight decay pulls toward the task's start here too
+                constraint = Constraint(**{o.side: Subspace.empty(module.in_features if o.side == "inputs" else module.out_features)})
             groups.append({"params": [module.weight], "names": [f"{name}.weight"], "constraint": constraint, **common})
         return groups
 
@@ -110,7 +112,7 @@ class GORP(Method):
     @torch.no_grad()
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         o = self.options
-        evicted = 0
+        evicted, short = 0, []
         for name, statistic in self.statistics.items():
             if isinstance(statistic, Sketch):
                 statistic.compress()
@@ -119,12 +121,21 @@ class GORP(Method):
                 A, total = statistic, None
             space = self.spaces.get(name) or Subspace.empty(A.shape[1], A.dtype)
             space, lost = extend(space.to(A), A, o.energy, max_rank=o.max_rank, total=total)
+            if o.max_rank is None and total and coverage(A, space.basis) * float((A.double() ** 2).sum()) < 0.99 * o.energy * total:
+                short.append(name)  # the sketch has dropped more than the space may lack
             evicted += lost
             self.spaces[name] = space = space.to("cpu")
             memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy
         memory.info["evicted"] = memory.info.get("evicted", 0) + evicted
         if evicted:
             log.warning("gorp: max_rank %s is reached; %d directions of least energy were given up and are no longer protected", o.max_rank, evicted)
+        if short:
+            log.warning(
+                "gorp: %d modules do not reach energy %g, because their sketch dropped too much; raise sketch_size (%d)",
+                len(short),
+                o.energy,
+                o.sketch_size,
+            )
         self.statistics = {}
         return model
 
@@ -148,10 +159,20 @@ class GORP(Method):
                 sketches.setdefault(name, {})[part] = value
             else:
                 self.statistics[name] = value.clone()
-        for i, (name, parts) in enumerate(sketches.items()):
+        for name, parts in sketches.items():
             n = parts["rows"].shape[1]
-            self.statistics[name] = sketch = Sketch(n, min(self.options.sketch_size, n), seed=i)
+            self.statistics[name] = sketch = Sketch(n, min(self.options.sketch_size, n))
             sketch.load_state_dict(parts)
+
+    def statistics_bytes(self, model: nn.Module) -> int:
+        o = self.options
+        if not o.use_shared_space:
+            return 0
+        total = 0
+        for module in self.modules(model).values():
+            m, n = module.weight.shape if o.side == "inputs" else module.weight.shape[::-1]
+            total += 4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16)
+        return total
 
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         if self.options.side != "inputs" or not self.options.use_shared_space:

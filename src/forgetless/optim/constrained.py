@@ -37,7 +37,7 @@ def constrain(optimizer: torch.optim.Optimizer, constraints: dict[Tensor, Constr
 
     @torch.no_grad()
     def keep(*_) -> None:
-        before.update({p: p.detach().clone() for p in constraints if p.grad is not None})
+        before.update({p: p.detach().clone() for p in constraints})  # also without a gradient yet: a closure makes it inside step
 
     @torch.no_grad()
     def restrict(*_) -> None:

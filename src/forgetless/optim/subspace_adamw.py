@@ -159,7 +159,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
             Q = top_subspace(P, r, "power", start=old, iterations=1).basis
         else:
             # seeded by parameter and step, so that a resumed run draws the same numbers without saving a generator
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 1_000_003 + int(state.get("updates", torch.zeros(())).item()))
+            step = int(state.get("updates", torch.zeros(())).item())
+            generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + index) * 1_000_003 + step) % 2**63)
             start = torch.randn(n, min(2 * r, n), generator=generator, dtype=torch.float32).to(P.device, P.dtype)
             Q = top_subspace(P, r, "power", start=start).basis
         Q = orthonormalize(Q, against=V)

@@ -53,7 +53,7 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
     html = template.render(runs=runs, summary=summary_view(runs), scorers=SCORERS, metric_text=METRICS)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.tmp")
     partial.write_bytes(html.encode("utf-8", "replace"))  # a lone surrogate in a prompt is no reason to have no report
     os.replace(partial, out)
     return out
@@ -123,7 +123,7 @@ def read_matrix(path: Path) -> dict[str, Any]:
             raise TypeError("no tasks, or scores that are not rows")
         matrix["tasks"] = [str(task) for task in matrix["tasks"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: not an accuracy matrix ({type(error).__name__}: {error}); `forgetless eval` writes it again") from error
+        raise DataError(f"{path}: not an accuracy matrix ({type(error).__name__}: {error}); running the same config again writes it anew") from error
     return matrix
 
 
