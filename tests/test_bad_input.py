@@ -570,3 +570,12 @@ def test_the_fixture_is_the_run_the_configs_describe(here, finished):
     assert folder.committed() == ["00-colour"]
     folder.close()
     assert learn(here).resumed_at == 1
+
+
+def test_a_stranger_beside_a_run_of_ours_is_left_alone(here, finished, forgetless_):
+    """A .DS_Store, nohup.out or half-written report must not lock anybody out of a run; only tasks/ and model are ever cleaned."""
+    shutil.copytree(finished, "run", symlinks=True)
+    for name in (".DS_Store", "nohup.out", ".report.html.tmp"):
+        Path("run", name).write_text("x")
+    assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
+    assert Path("run", "nohup.out").read_text() == "x"

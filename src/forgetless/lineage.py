@@ -54,7 +54,7 @@ class RunFolder:
         """A folder of somebody else is never written to, not even one that has names of ours in it."""
         entries = sorted(p.name for p in self.path.iterdir())
         tasks = self.path / "tasks"
-        ours = {".lock", "current"} & set(entries)
+        ours = "current" in entries or (written := self.path / "run.yaml").is_file() and written.read_bytes().startswith(b"# forgetless ")
         # beside a run of ours anything may lie: only tasks/ and model are ever cleaned
         foreign = [] if ours else [name for name in entries if name not in FILES | TEMPORARY]
         foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
@@ -62,7 +62,7 @@ class RunFolder:
             if "current" in entries and not foreign:
                 raise ConfigError(f"output_dir {self.path}: model is not the link to the current task's model; move it away, the link comes back")
             foreign.append("model")
-        if foreign or (entries and not ours):
+        if foreign or (entries and not ours and ".lock" not in entries):
             found = ", ".join((foreign or entries)[:3])
             raise ConfigError(
                 f"output_dir {self.path}: not empty and not a run of forgetless (it has {found}). Nothing was touched; choose another folder"
