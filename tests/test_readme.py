@@ -38,7 +38,7 @@ def test_the_optimizer_block_runs(tiny):
     any_torch_optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scope = {
         "fl": fl,
-        "X_old": torch.randn(3, 8),
+        "X_old": torch.randn(30, 2) @ torch.randn(2, 8),
         "layer": layer,
         "model": AutoModelForCausalLM.from_pretrained(tiny),
         "any_torch_optimizer": any_torch_optimizer,
