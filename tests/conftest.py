@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -82,3 +83,19 @@ def small_run(tiny, tmp_path):
         return settings
 
     return make
+
+
+@pytest.fixture
+def forgetless_(monkeypatch, capsys):
+    """The command line, in this process: (exit status, stdout, stderr)."""
+
+    from forgetless import cli
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["forgetless", *argv])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call

@@ -20,7 +20,6 @@ import yaml
 from conftest import TASKS, make_model_folder, write_task
 
 import forgetless.trainer
-from forgetless import cli
 from forgetless.config import load_config
 from forgetless.lineage import RunFolder, model_sha256
 from forgetless.loop import run as learn
@@ -50,20 +49,6 @@ def here(tiny, tmp_path, monkeypatch) -> dict:
     config = settings(tmp_path, tiny)
     Path("first.yaml").write_text(yaml.safe_dump(config))
     return config
-
-
-@pytest.fixture
-def forgetless_(monkeypatch, capsys):
-    """The command line, in this process: (exit status, stdout, stderr)."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["forgetless", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
 
 
 def contents(folder: Path) -> dict[str, bytes | str | None]:

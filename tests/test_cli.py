@@ -46,20 +46,6 @@ def here(tiny, tmp_path, monkeypatch) -> dict:
     return config
 
 
-@pytest.fixture
-def forgetless_(monkeypatch, capsys):
-    """The command line, in this process: (exit status, stdout, stderr)."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["forgetless", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
-
-
 def lineage(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(run, "lineage.jsonl").read_text().splitlines()]
 
