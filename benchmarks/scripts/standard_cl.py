@@ -71,9 +71,9 @@ def final(seeds=(0, 1)) -> dict[str, dict]:
     }
 
 
-def work(name: str, settings: dict) -> tuple[str, int]:
-    """One run in a process of its own, one thread; nothing where it is finished."""
-    if finished(name, settings):
+def work(name: str, settings: dict, results: Path) -> tuple[str, int]:
+    """One run in a process of its own, one thread; nothing where its result is there already."""
+    if name in recorded({name: settings}, results):
         return name, 0
     RUNS.mkdir(parents=True, exist_ok=True)
     path = RUNS / f"{name}.yaml"
@@ -86,44 +86,47 @@ def work(name: str, settings: dict) -> tuple[str, int]:
     return name, status
 
 
-def finished(name: str, settings: dict) -> bool:
-    matrix = read(name)
-    return matrix is not None and len(next(iter(matrix["scores"].values()))) == len(settings["tasks"])
-
-
-def read(name: str) -> dict | None:
+def read(name: str, settings: dict) -> dict | None:
+    """A finished run as an entry of the result file; None where it is not finished."""
     folder = RUNS / name
     if not (folder / "matrix.json").is_file():
         return None
     matrix = json.loads((folder / "matrix.json").read_text())
+    scorers, tasks = settings["evaluate"]["scorers"], matrix["tasks"]
+    if len(matrix["scores"][scorers[0]]) < len(tasks):
+        return None
+    last = folder / "tasks" / f"{len(tasks) - 1:02d}-{tasks[-1]}" / "predictions.jsonl"
+    rows = sorted((json.loads(line) for line in last.read_text().splitlines()), key=lambda p: (p["task"], p["row"]))
     timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
-    matrix["protection"] = [t for t in timing if t["event"] == "task"]
-    return matrix
-
-
-def collect(queue: dict[str, dict], out: Path) -> None:
-    """Every finished run with what it ran on, and the differences, in one JSON file."""
-    runs = {}
-    for name, settings in queue.items():
-        matrix = read(name)
-        if finished(name, settings):
-            where = {k: v for k, v in settings.items() if k != "output_dir"}
-            versions = (RUNS / name / "run.yaml").read_text().splitlines()[0].removeprefix("# ")
-            runs[name] = {
-                "config": where,
-                "versions": versions,
-                **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures", "protection")},
-            }
-    environment = {"machine": platform.machine(), "cpu": cpu_name(), "threads": 1, "device": "CPU", "bf16_autocast": True}
-    content = {
-        "command": f"python benchmarks/scripts/standard_cl.py {out.stem.split('_')[-1]}",
-        "environment": environment,
-        "differences": differences(),
-        "runs": runs,
+    return {
+        "config": comparable(settings),
+        "versions": (folder / "run.yaml").read_text().splitlines()[0].removeprefix("# "),
+        **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures")},
+        "protection": [t for t in timing if t["event"] == "task"],
+        # every test row at the end, right 1 or wrong 0, by task and row: what paired differences are made of
+        "final_rows": {s: {t: "".join(str(int(p["score"][s])) for p in rows if p["task"] == t) for t in tasks} for s in scorers},
     }
+
+
+def comparable(settings: dict) -> dict:
+    return {k: v for k, v in settings.items() if k != "output_dir"}
+
+
+def recorded(queue: dict[str, dict], results: Path) -> dict[str, dict]:
+    """Entries of the runs of `queue` that are finished here, or were when the result file was written, with the same settings."""
+    old = json.loads(results.read_text())["runs"] if results.is_file() else {}
+    found = {name: read(name, settings) or old.get(name) for name, settings in queue.items()}
+    return {name: entry for name, entry in found.items() if entry and entry["config"] == comparable(queue[name])}
+
+
+def collect(queue: dict[str, dict], results: Path) -> None:
+    """Every finished run with what it ran on, and the differences, in one JSON file."""
+    runs = recorded(queue, results)
+    environment = {"machine": platform.machine(), "cpu": cpu_name(), "threads": 1, "device": "CPU", "bf16_autocast": True}
+    content = {"command": f"python benchmarks/scripts/standard_cl.py {results.stem.split('_')[-1]}", "environment": environment}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1))
-    print(f"{len(runs)} of {len(queue)} runs -> {out.relative_to(ROOT)}", flush=True)
+    results.write_text(json.dumps(content | {"differences": differences(runs), "runs": runs}, indent=1))
+    print(f"{len(runs)} of {len(queue)} runs -> {results.relative_to(ROOT)}", flush=True)
 
 
 def cpu_name() -> str:
@@ -134,33 +137,18 @@ def cpu_name() -> str:
         return platform.processor()
 
 
-def last_task(name: str) -> Path:
-    return RUNS / name / "tasks" / f"{len(ORDER) - 1:02d}-{ORDER[-1]}"
-
-
-def final_scores(name: str) -> dict[tuple, dict[str, float]]:
-    """{(task, row): {scorer: 0 or 1}} of the last commit of a run."""
-    rows = (last_task(name) / "predictions.jsonl").read_text().splitlines()
-    return {(p["task"], p["row"]): p["score"] for p in map(json.loads, rows)}
-
-
-def differences(seeds=(0, 1)) -> list[dict]:
+def differences(runs: dict[str, dict], seeds=(0, 1)) -> list[dict]:
     """gorp minus each baseline in final accuracy over the same test rows (as many a task), with a 95 % paired bootstrap interval, over the seeds both have."""
     from forgetless.evaluation.matrix import paired_bootstrap
 
     entries = []
     for tag in ("options", "bare"):
         for other in ("seqft", "seqft-linear"):
-            pairs = [(f"final-{tag}-gorp-seed{s}", f"final-{tag}-{other}-seed{s}", s) for s in seeds]
-            pairs = [p for p in pairs if last_task(p[0]).is_dir() and last_task(p[1]).is_dir()]
+            pairs = [(runs.get(f"final-{tag}-gorp-seed{s}"), runs.get(f"final-{tag}-{other}-seed{s}"), s) for s in seeds]
+            pairs = [p for p in pairs if p[0] and p[1]]
             for scorer in ("choice", "calibrated", "exact_match") if pairs else ():
-                a, b = [], []
-                for ours, theirs, _ in pairs:
-                    x, y = final_scores(ours), final_scores(theirs)
-                    assert x.keys() == y.keys()
-                    a += [x[k][scorer] for k in sorted(x)]
-                    b += [y[k][scorer] for k in sorted(x)]
-                d, low, high = paired_bootstrap(a, b)
+                a, b = ["".join(p[side]["final_rows"][scorer][t] for p in pairs for t in ORDER) for side in (0, 1)]
+                d, low, high = paired_bootstrap([float(x) for x in a], [float(x) for x in b])
                 where = {"prompt": tag, "gorp_minus": other, "scorer": scorer}
                 entries.append(where | {"difference": d, "ci95": [low, high], "rows": len(a), "seeds": [p[2] for p in pairs]})
     return entries
@@ -195,11 +183,11 @@ def main() -> None:
             print(path.name)
             table(path)
         return
-    queue = tuning() if args.what == "tune" else final()
+    queue, results = tuning() if args.what == "tune" else final(), RESULTS / f"standard_cl_order1_{args.what}.json"
     todo = {k: v for k, v in queue.items() if args.only in k}
     with ThreadPoolExecutor(args.workers) as pool:
-        for _ in pool.map(lambda item: work(*item), todo.items()):
-            collect(queue, RESULTS / f"standard_cl_order1_{args.what}.json")
+        for _ in pool.map(lambda item: work(*item, results), todo.items()):
+            collect(queue, results)
 
 
 if __name__ == "__main__":
