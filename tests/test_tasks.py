@@ -123,6 +123,6 @@ def test_left_padding_and_positions_do_not_change_the_loss(tiny, tokenizer):
     singles = []
     for r in rows:
         out = model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]))
-        singles.append(float(out.loss))
+        singles.append(float(out.loss.detach()))
     assert float(loss) == pytest.approx(sum(singles) / 3, rel=1e-5)
     assert float(answer_loss(model, batch, num_items=12)[0]) == pytest.approx(sum(singles) * 2 / 12, rel=1e-5)
