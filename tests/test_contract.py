@@ -55,7 +55,7 @@ def learn(model, tokenizer, method, memory, steps, seed, rate=1e-3, **optimizer)
         model(**batch).loss.backward()
         method.on_step(model)
         opt.step()
-        worst = max(worst, opt.update_leak)
+        worst = max(worst, opt.update_leak or 0.0)  # None while nothing is protected
     leak = weight_leak(opt, start, steps)
     method.end_task(model, None, memory)
     return opt, worst, leak

@@ -265,7 +265,7 @@ def test_no_leak_after_50_steps_with_decay_and_clipping(kind, refresh, rank, sid
     for t in range(50):
         W.grad = grad(W, t)
         opt.step()
-        worst = max(worst, opt.update_leak)
+        worst = max(worst, opt.update_leak or 0.0)
     assert worst < (1e-5 if dtype == torch.float32 else 1e-10)
     D = W.detach().double() - start.double()
     assert float(D.norm()) > 1e-3  # it did learn

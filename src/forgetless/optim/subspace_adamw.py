@@ -116,7 +116,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
         used = [(group, p, R) for group, p, R in used if R is not None]
         self._clip([R for _, _, R in used])
         leaks = [self._update(group, p, R) for group, p, R in used]
-        self.update_leak = max(leaks, default=0.0) if self.track_leak else None
+        constrained = any(group["constraint"] is not None and not group["constraint"].empty for group, _, _ in used)
+        self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
         return loss
 
     def _each(self):
