@@ -98,7 +98,9 @@ def train_task(
         if hasattr(method, "max_grad_norm"):
             method.max_grad_norm = args.max_grad_norm
         args.max_grad_norm = 0.0  # the Trainer clips before the projection; the optimizer does after it
-        start = {p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None for p in g["params"]}
+        start = {
+            p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None and not g["constraint"].empty for p in g["params"]
+        }
         log: list[dict[str, Any]] = []
         attention = model.config._attn_implementation
 

@@ -106,7 +106,9 @@ class GORP(Method):
                     self.statistics[name] = Sketch(G.shape[1], min(o.sketch_size, G.shape[1]), seed=i)
                 self.statistics[name].update(G, factor)
             else:
-                M = self.statistics.setdefault(name, torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device))
+                if name not in self.statistics:
+                    self.statistics[name] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
+                M = self.statistics[name]
                 M.lerp_(G.to(M.dtype) * factor, 0.1)  # Adam's first moment, beta1 = 0.9
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Three kinds of tensor, in any mixture, chosen by the parameter group:
 - plain: nothing set. torch's AdamW, to the bit.
 - `constraint`: dense Adam; the part of the finished step that the Constraint forbids is removed AFTER Adam's division. (Projecting the gradient only
-  leaks 13-34 % of each update back: dividing by sqrt(v) element by element does not commute with a projection.)
+  leaks: dividing by sqrt(v) element by element does not commute with a projection. tests/test_optim.py shows it on the authors' own numbers: over a tenth.)
 - `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507; GORP eq. 3-4), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T.
   With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise operation on R can reach the protected space.
 
