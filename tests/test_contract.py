@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -22,6 +24,10 @@ from forgetless.optim import SubspaceAdamW
 VARIANTS = {
     "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-dense": {"rank": None, "full_lr_ratio": 1.0}, "gorp-first_moment": {"space_from": "first_moment"},
     "gorp-outputs": {"side": "outputs"}, "gorp-max_rank": {"max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
+    "gorp-lora": {"use_full_rank": False, "use_lora": True}, "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
+    "gorp-lora-no_space": {"use_full_rank": False, "use_lora": True, "use_shared_space": False},  # the paper's ablation: B alone, B+S, B+L, B+L+S
+    "gorp-branches": {"use_lora": True}, "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False},
+    "gorp-both": {"side": "both"}, "gorp-paper": {"preset": "paper"}, "lora": {}, "inclora": {},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
@@ -107,10 +113,12 @@ def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
 
 @every
 def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options, small_run, tiny):
+    adapters_alone = "lora" in name or not options.get("use_full_rank", True) or options.get("preset") == "paper"
+    rate = 1e-2 if adapters_alone else 1e-3
     config = small_run(
         {"name": name, **options},
         tasks=("colour", "animal"),
-        train={"learning_rate": 1e-3, "max_steps": 25, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True},
+        train={"learning_rate": rate, "max_steps": 25, "per_device_train_batch_size": 6, "bf16": False, "use_cpu": True},
     )
     result = fl.run(config)
     folders = [result.path / "tasks" / n / "model" for n in ("00-colour", "01-animal")]
@@ -161,18 +169,24 @@ def test_row_5_tied_weights_are_saved_and_hashed_once(tied, tmp_path, small_run)
 def test_row_6_parameters_outside_the_groups_stay_bit_identical(name, options, small_run, tiny):
     result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal")))
     base, after = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(result.path / "model")
-    groups = get(name, **options).param_groups(base)
-    trained = {n for g in groups for n in g["names"]}
+    again = copy.deepcopy(base)
+    method = get(name, **options)
+    groups = method.param_groups(method.begin_task(again, None, Memory()))
+    trained = {re.sub("lora_[AB]$", "weight", n) for g in groups for n in g["names"]}
     moved = {n for (n, a), (_, b) in zip(base.named_parameters(), after.named_parameters(), strict=True) if not torch.equal(a, b)}
     assert moved and moved <= trained
-    if name == "gorp" or options:
+    if name != "seqft" or options:
         assert not any("norm" in n or "embed" in n or "lm_head" in n for n in moved)
 
 
-@pytest.mark.parametrize(("name", "key"), [("gorp", "full_modules"), ("seqft", "modules")])
-def test_row_6_no_module_matched_names_the_nearest(name, key, loaded):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gorp", {"full_modules": ["q_prj"]}), ("gorp", {"use_lora": True, "lora_modules": ["q_prj"]}), ("seqft", {"modules": ["q_prj"]})]
+    + [(name, {"lora_modules": ["q_prj"]}) for name in ("lora", "inclora")],
+)
+def test_row_6_no_module_matched_names_the_nearest(name, options, loaded):
     with pytest.raises(ConfigError, match=r"q_prj.*matches no linear layer.*q_proj"):
-        get(name, **{key: ["q_prj"]}).param_groups(loaded[0])
+        get(name, **options).check(loaded[0])
 
 
 def test_row_6_a_tied_head_is_refused_as_a_target(tmp_path):
@@ -196,8 +210,7 @@ def test_row_7_declared_bytes_are_measured_bytes(name, options, loaded):
     model, tokenizer = loaded
     method, memory = get(name, **({"energy": 0.5} if name == "gorp" else {}), **options), Memory()
     learn(model, tokenizer, method, memory, 3, seed=0)
-    method.begin_task(model, None, memory)
-    planned = SubspaceAdamW(method.param_groups(model), lr=1e-3).planned_bytes()
+    planned = SubspaceAdamW(method.param_groups(method.begin_task(copy.deepcopy(model), None, memory)), lr=1e-3).planned_bytes()
     opt, *_ = learn(model, tokenizer, method, memory, 3, seed=1)
     assert opt.state_bytes() == planned
 
@@ -229,7 +242,7 @@ def test_row_7_accumulation_gives_the_gradient_and_loss_of_one_large_batch(name,
             {
                 "model": small_run()["model"],
                 "tasks": [task],
-                "method": name,
+                "method": {"name": name} | ({"lora_dropout": 0} if "lora" in name else {}),
                 "train": train,
                 "evaluate": {"scorers": ["exact_match"]},
                 "output_dir": str(tmp_path / f"{batch}"),
@@ -263,6 +276,8 @@ def test_method_state_survives_a_file_loaded_with_weights_only(name, options, lo
     """Contract row 3's part that exists: what a method collects inside a task goes through torch.save and weights_only=True and comes back the same."""
     model, tokenizer = loaded
     one, two = get(name, **options), get(name, **options)
+    one.begin_task(model, None, Memory())
+    model.eval()  # without dropout
     for batch in batches(tokenizer, 3, 0):
         model.zero_grad()
         model(**batch).loss.backward()
@@ -277,8 +292,8 @@ def test_method_state_survives_a_file_loaded_with_weights_only(name, options, lo
         one.on_step(model)
         two.on_step(model)
     a, b = Memory(), Memory()
+    two.end_task(copy.deepcopy(model), None, b)
     one.end_task(model, None, a)
-    two.end_task(model, None, b)
     assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from forgetless.config import TaskConfig
 from forgetless.errors import DataError
 from forgetless.tasks import Example, Task, carve, load_task, read_rows, sample
-from forgetless.trainer import Collate, answer_loss
+from forgetless.batches import Collate, answer_loss
 
 ROWS = [{"sentence": f"cat red {i}", "label": ["red", "blue"][i % 2]} for i in range(200)]
 
@@ -118,7 +118,7 @@ def test_left_padding_and_positions_do_not_change_the_loss(tiny, tokenizer):
         t.encode(tokenizer, Example(text, label, 0))
         for text, label in (("cat sits", "red"), ("dog runs happy sad calm river", "blue"), ("bird", "red"))
     ]
-    batch = Collate()(rows)
+    batch = Collate(model)(rows)
     loss, _ = answer_loss(model, batch)
     singles = []
     for r in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -41,15 +42,18 @@ def run(
         raise ConfigError(f"--progress {progress}: rich, json or none")
     settings = load_config(config, overrides or [])
     quiet_libraries()
+    from .distributed import launched_rank
     from .loop import run as learn
     from .report import write_report
     from .report.terminal import print_matrix
 
-    shown = kinds[progress]()
+    shown = kinds[progress if launched_rank() == 0 else "none"]()
     try:
         result = learn(settings, progress=shown)
     finally:
         shown.close()
+    if launched_rank():
+        return  # the main process speaks for all
     report = write_report([result.path], result.path / "report.html")
     if as_json:
         print((result.path / "matrix.json").read_text())
@@ -153,7 +157,6 @@ def doctor(
 def quiet_libraries() -> None:
     """Their progress bars and advice would drown ours."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -177,10 +180,25 @@ def main() -> None:
     except Exception as error:
         if state["debug"]:
             traceback.print_exc()
-        code = explain(error)
+        code = explain(error) if os.environ.get("WORLD_SIZE", "1") == "1" else explain_rank(error)
     if code == 130:
         print("\ninterrupted; run the same command again to resume", file=sys.stderr)
     sys.exit(code)
+
+
+def explain_rank(error: Exception) -> int:
+    """As explain, for one of several processes: which of them speaks, and the cause before its echoes."""
+    import time
+
+    from .distributed import lost_contact
+
+    rank = os.environ.get("RANK", "0")
+    if lost_contact(error):
+        time.sleep(3)  # the process that failed first is the one to be read first, and to end the job
+        print(f"rank {rank}: lost contact with another process; the error above this line is why", file=sys.stderr)
+        return 1
+    print(f"rank {rank}:", end=" ", file=sys.stderr)
+    return explain(error)
 
 
 def explain(error: Exception) -> int:

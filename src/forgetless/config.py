@@ -21,6 +21,8 @@ OWN_TRAIN_KEYS = {
     "report_to": "take it out, losses are in timing.jsonl", "remove_unused_columns": "take it out", "push_to_hub": "take it out, nothing leaves this machine",
     "label_smoothing_factor": "take it out, the loss is the answer tokens' cross-entropy", "optim_target_modules": "use the method's module options",
     "fp16": "use bf16 (fp16 scales gradients, which methods read)",
+    "save_steps": "use checkpoint_every at the top level", "save_total_limit": "take it out, the last complete checkpoint is kept",
+    "save_only_model": "take it out, a checkpoint holds all it takes to go on", "resume_from_checkpoint": "take it out, running again resumes",
 }  # fmt: skip
 # the numbers of `train` that transformers reads without a look, and their least values; the others it checks itself
 LEAST = {
@@ -132,6 +134,8 @@ class RunConfig(_Model):
     train: dict[str, Any] = Field(default_factory=dict)
     """Passed to transformers.TrainingArguments under its own names."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints inside a task; absent: task boundaries only."""
     keep: str = "all"
     """Model versions kept: all, or `last N`. What is needed to go on is always kept."""
     store: Literal["nothing", "prompts", "rows"] = "rows"

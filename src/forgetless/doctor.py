@@ -35,6 +35,7 @@ def examine(config: RunConfig | None) -> dict[str, Any]:
 def examine_config(config: RunConfig) -> dict[str, Any]:
     from . import models
     from .methods import get
+    from .methods.base import Memory
     from .optim import SubspaceAdamW
     from .tasks import load_stream
     from .trainer import training_arguments
@@ -43,6 +44,9 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     args = training_arguments(config.train, config.seed, config.output_dir)
     stream = load_stream(config)
     model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    method.check(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    model = method.begin_task(model, None, Memory())  # adapters attached, where the method has some
     groups = method.param_groups(model)
     trained = sum(p.numel() for g in groups for p in g["params"])
     tasks = []
@@ -60,7 +64,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
             }
         )
     return {
-        "model": {"name": config.model, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
+        "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),

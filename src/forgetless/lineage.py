@@ -23,15 +23,19 @@ from .errors import ConfigError, DataError
 from .methods.base import Memory
 
 FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "current", "model", "before.json", ".lock"}
+TRAINING = ".training"  # tasks/.NN-name.training: checkpoints of the task in progress
 # a crash may leave one of these half-written; they are ours too
 TEMPORARY = {f".{name}.tmp" for name in FILES} | {".model"}
 
 
 class RunFolder:
-    """One run's folder, locked for as long as this object lives."""
+    """One run's folder, locked for as long as this object lives; with lock=False only looked at, by the other processes of the one that holds it."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, lock: bool = True):
         self.path = Path(path)
+        self._lock = None
+        if not lock:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir {self.path}: is a file")
         if self.path.is_dir():
@@ -70,6 +74,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Unlock. A folder in which nothing began is left as it was found."""
+        if self._lock is None:
+            return
         if not (self.path / "run.yaml").exists():
             with contextlib.suppress(OSError):
                 (self.path / "tasks").rmdir()  # fails where something is in it
@@ -87,7 +93,10 @@ class RunFolder:
         if kept != _read(self.path / "lineage.jsonl"):  # a torn last line too: the next commit would go on behind it
             write_atomic(self.path / "lineage.jsonl", kept)
         for folder in (self.path / "tasks").iterdir():
-            if folder.name not in done:
+            in_progress = folder.name.startswith(f".{len(done):02d}-") and folder.name.endswith(
+                TRAINING
+            )  # its checkpoints say themselves if they count
+            if folder.name not in done and not in_progress:
                 shutil.rmtree(folder)
         self._point_model()
         self.restore_timing()
@@ -142,7 +151,7 @@ class RunFolder:
         previous = self.lineage()
         line["parent"] = previous[-1]["hash"] if previous else ""
         line["hash"] = hashlib.sha256(canonical(line).encode()).hexdigest()
-        _sync_tree(work)
+        sync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         _sync(final.parent)
@@ -172,6 +181,10 @@ class RunFolder:
                 shutil.rmtree(self.path / "tasks" / name / "model", ignore_errors=True)
 
     # -- reading back ----------------------------------------------------------------------------------------------------------------
+
+    def training(self, index: int, task: str) -> Path:
+        """Where the checkpoints of a task in progress lie."""
+        return self.path / "tasks" / f".{index:02d}-{task}{TRAINING}"
 
     def memory(self, name: str) -> Memory:
         return load_memory(self.path / "tasks" / name / "state")
@@ -218,6 +231,9 @@ def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> No
 
     save_file({k: v.contiguous() for k, v in memory.tensors.items()}, folder / "method.safetensors")
     (folder / "method.json").write_text(json.dumps(memory.info, sort_keys=True))
+    if "adapter_config" in memory.info:  # the same tensors under the name PEFT looks for
+        (folder / "adapter_config.json").write_text(json.dumps(memory.info["adapter_config"], sort_keys=True))
+        os.link(folder / "method.safetensors", folder / "adapter_model.safetensors")
     if recorded:
         save_file(recorded, folder / "inputs.safetensors")
 
@@ -279,7 +295,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     for directory, _, files in os.walk(folder):
         for file in files:
             _sync(Path(directory) / file)

@@ -9,20 +9,36 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import models
+from . import distributed, models
+from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
+from .errors import ForgetlessError
 from .evaluation.drift import record_inputs, weight_leak
 from .evaluation.matrix import AccuracyMatrix
-from .lineage import RunFolder, write_atomic
+from .lineage import RunFolder, model_sha256, write_atomic
 from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
-from .record import check_same_run, config_sha256, cover, evaluate, peak_bytes, protection, resolve, stored, write_config, write_matrix
+from .record import (
+    check_same_run,
+    checkpoint_key,
+    config_sha256,
+    cover,
+    evaluate,
+    peak_bytes,
+    protection,
+    resolve,
+    stored,
+    write_config,
+    write_matrix,
+)
 from .tasks import TaskStream, load_stream
 from .trainer import train_task, training_arguments
 
@@ -50,15 +66,10 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     for task in stream:
         if task.overlap:
             progress.say(f"warning: task '{task.name}': {task.overlap} test texts also stand in its training rows")
-    folder = RunFolder(config.output_dir)
-    try:
-        folder.repair()  # an interrupted commit is as if it had not begun
-        done = check_same_run(folder, config, stream)
+    with opened(config, stream) as (folder, done):
         if len(done) < len(stream):
             learn(folder, config, stream, method, done, progress)
-        return Result(folder.path, write_matrix(folder, config, stream), len(done))
-    finally:
-        folder.close()
+        return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done))
 
 
 def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
@@ -70,9 +81,14 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         torch.manual_seed(seed)
         begun = time.perf_counter()
 
-        # prepare, train, consolidate
-        model = method.begin_task(model, task, memory)
-        trained = train_task(model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress)
+        # prepare (or go on from a checkpoint), train, consolidate
+        checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, config, task, index))
+        if checkpoints.step:
+            progress.say(f"{task.name}: goes on from step {checkpoints.step}")
+            model = method.resume_task(model, task, memory, checkpoints.method_state())
+        else:
+            model = method.begin_task(model, task, memory)
+        trained = train_task(model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints)
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.optimizer.state_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
@@ -81,6 +97,11 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
 
         # evaluate: one row of the matrix, and what has become of the inputs of earlier tasks
         row = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else index + 1, config, trained.autocast, progress)
+        if distributed.world_size() > 1 and distributed.differ(model_sha256(model)):
+            raise ForgetlessError(f"task '{task.name}': the processes hold different models after training; nothing was committed")
+        if not distributed.is_main():
+            distributed.barrier()
+            continue
         recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
         coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
         kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes)
@@ -98,10 +119,35 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         }
         folder.commit(index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry, config.keep)
 
-        seconds = {"train_seconds": trained_at - begun, "eval_seconds": time.perf_counter() - trained_at, "peak_bytes": peak_bytes()}
+        checkpoints.drop()
+
+        seconds = {
+            "train_seconds": trained_at - begun + checkpoints.seconds,
+            "eval_seconds": time.perf_counter() - trained_at,
+            "peak_bytes": peak_bytes(),
+        }
         folder.note_task(metrics, seconds)
         write_matrix(folder, config, stream)
         progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
+        distributed.barrier()
+
+
+@contextmanager
+def opened(config: RunConfig, stream: TaskStream) -> Iterator[tuple[RunFolder, list[str]]]:
+    """(the run's folder, what is committed in it), locked by the main process."""
+    held: list[RunFolder] = []
+
+    def open_and_check() -> list[str]:
+        held.append(RunFolder(config.output_dir))
+        held[0].repair()  # an interrupted commit is as if it had not begun
+        return check_same_run(held[0], config, stream)
+
+    try:
+        done = distributed.on_main(open_and_check)
+        yield held[0] if held else RunFolder(config.output_dir, lock=False), done
+    finally:
+        for folder in held:
+            folder.close()
 
 
 def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress):
@@ -114,13 +160,15 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     for task in stream:
         task.encode_prompt(tokenizer, "")  # a prompt that cannot fit is refused now, not after hours
     if not done:
-        method.param_groups(model)  # no module matched: likewise
-    write_config(folder, config)
+        method.check(model)  # no module matched: likewise
+    if distributed.is_main():
+        write_config(folder, config)
     if done:
         folder.check_model(model, done[-1])
-    else:
+    elif distributed.is_main():
         (folder.path / "before.json").unlink(missing_ok=True)  # of an attempt that committed nothing
     if not done and config.evaluate.unseen:
         before = evaluate(model, tokenizer, stream, len(stream), config, config.train["bf16"], progress)
-        write_atomic(folder.path / "before.json", json.dumps(before.scores))
+        if distributed.is_main():
+            write_atomic(folder.path / "before.json", json.dumps(before.scores))
     return model, tokenizer, memory

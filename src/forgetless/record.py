@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from . import distributed
 from .config import MethodConfig, RunConfig, load_config
 from .errors import ConfigError
 from .evaluation.drift import measure_coverage
@@ -20,7 +21,7 @@ from .evaluation.scorers import Prediction, failures, score_rows
 from .lineage import RunFolder, canonical, write_atomic
 from .methods.base import Method
 from .progress import Progress
-from .tasks import TaskStream, sample
+from .tasks import Task, TaskStream, sample
 from .trainer import DEFAULTS
 
 
@@ -40,17 +41,19 @@ class Row:
 
 
 def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig, autocast: bool, progress: Progress) -> Row:
-    """Score the first `tasks` tasks of the stream, the same seeded rows every time."""
+    """Score the first `tasks` tasks of the stream, the same seeded rows every time; several processes share the rows."""
     e = config.evaluate
     row = Row({name: [None] * len(stream) for name in e.scorers})
     chosen = [sample(task.split(e.split), e.limit, config.seed) for task in stream.tasks[:tasks]]
     progress.stage(f"{stream[tasks - 1].name}: scoring {tasks} task{'s' if tasks > 1 else ''}", sum(map(len, chosen)))
     for j, rows in enumerate(chosen):
         scored = len(row.predictions)
+        mine = distributed.shared(range(len(rows)))
         predictions = score_rows(
-            model, tokenizer, stream[j], rows, e.scorers, batch_size=e.batch_size, autocast=autocast,
-            advance=lambda k, before=scored: progress.advance(before + k),
+            model, tokenizer, stream[j], [rows[i] for i in mine], e.scorers, batch_size=e.batch_size, autocast=autocast,
+            advance=lambda k, before=scored: progress.advance(before + k * distributed.world_size()),
         )  # fmt: skip
+        predictions = [p for _, p in sorted(distributed.gathered(list(zip(mine, predictions, strict=True))), key=lambda pair: pair[0])]
         for name in e.scorers:
             values = [p.score(name) for p in predictions]
             row.scores[name][j] = None if None in values else sum(values) / len(values)
@@ -117,8 +120,8 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """What must not change between two starts of one run: everything but where it lies, what is kept, and which tasks are still to come."""
-    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks")}
+    """What must not change between two starts of one run: everything but where it lies, what is kept, how often, and which tasks are still to come."""
+    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every")}
 
 
 def resolve(config: RunConfig, method: Method, args) -> RunConfig:
@@ -129,6 +132,12 @@ def resolve(config: RunConfig, method: Method, args) -> RunConfig:
 
 def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(canonical(comparable(config)).encode()).hexdigest()
+
+
+def checkpoint_key(folder: RunFolder, config: RunConfig, task: Task, index: int) -> dict[str, Any]:
+    """What must be the same for a task to go on from a checkpoint: the settings, its data, its place, and the commit before it."""
+    lines = folder.lineage()
+    return {"config": config_sha256(config), "data": task.sha256, "index": index, "parent": lines[index - 1]["hash"] if index else ""}
 
 
 def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> list[str]:

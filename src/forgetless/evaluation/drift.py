@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import linear_modules
+from ..batches import Collate, forward
+from ..models import linear_modules, logical
 from ..subspace import coverage
 from ..tasks import Task
 
@@ -29,23 +30,25 @@ def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int 
     generator = torch.Generator().manual_seed(seed)
     chosen = sample(task.train, rows, seed)
     per_row = math.ceil(RECORDED_TOKENS / len(chosen))
-    pick: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
+    pick: dict[int, Tensor] = {}  # by number of tokens: an encoder and its decoder read different ones
 
     def hook(name: str):
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept[name].append(args[0].detach().reshape(-1, args[0].shape[-1])[pick[0].to(args[0].device)].to("cpu", torch.bfloat16))
+            X = args[0].detach().reshape(-1, args[0].shape[-1])
+            if X.shape[0] not in pick:
+                pick[X.shape[0]] = torch.randperm(X.shape[0], generator=generator)[:per_row]
+            kept[name].append(X[pick[X.shape[0]].to(X.device)].to("cpu", torch.bfloat16))
 
         return record
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     device = next(model.parameters()).device
-    was_training = model.training
+    collate, was_training = Collate(model), model.training
     model.eval()  # with dropout on, what is recorded would be noise
     try:
         for example in chosen:
-            ids = torch.tensor([task.encode(tokenizer, example)["input_ids"]], device=device)
-            pick[0] = torch.randperm(ids.shape[1], generator=generator)[:per_row]
-            model(input_ids=ids)
+            pick.clear()
+            forward(model, {k: v.to(device) for k, v in collate([task.encode(tokenizer, example)]).items()})
     finally:
         model.train(was_training)
         for handle in handles:
@@ -54,7 +57,7 @@ def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int 
     for name, module in modules.items():
         if kept[name]:
             x = torch.cat(kept[name])
-            out[f"{name}.x"], out[f"{name}.y"] = x, nn.functional.linear(x.float(), module.weight.float().cpu())
+            out[f"{name}.x"], out[f"{name}.y"] = x, nn.functional.linear(x.float(), logical(module.weight, module).float().cpu())
     return out
 
 
@@ -72,7 +75,7 @@ def measure_coverage(model: nn.Module, recorded: dict[str, Tensor], spaces: dict
         X, Y = recorded[f"{name}.x"].float(), recorded[f"{name}.y"].float()
         V = spaces.get(name)
         inside.append(coverage(X, V.float().cpu()) if V is not None else 0.0)
-        now = nn.functional.linear(X, module.weight.float().cpu())
+        now = nn.functional.linear(X, logical(module.weight, module).float().cpu())
         change.append(float((now - Y).norm() / Y.norm().clamp_min(1e-12)))
     return {"inputs": sum(inside) / len(inside), "output_change": sum(change) / len(change)} if inside else {}
 

@@ -9,6 +9,8 @@ from ..errors import ConfigError, nearest
 REGISTRY = {
     "gorp": "gorp:GORP",
     "seqft": "seqft:SeqFT",
+    "lora": "lora:LoRA",
+    "inclora": "inclora:IncLoRA",
 }
 
 

@@ -1,7 +1,8 @@
 """What a method is: the hooks the loop calls, each a no-op by default. One method, one file, one line in the registry.
 
 The order of calls for one task:
-    begin_task -> train_data -> param_groups -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
+    check -> begin_task -> train_data -> param_groups -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
+A task that goes on from a checkpoint has resume_task in place of begin_task.
 """
 
 from __future__ import annotations
@@ -56,8 +57,20 @@ class Method:
             return f"unknown option '{key}'{nearest(key, self.Options.model_fields)}"
         return f"{key}: {error['msg'].removeprefix('Value error, ')}"
 
+    def check(self, model: nn.Module) -> None:
+        """Before anything begins, on the plain model: raise ConfigError where the options match no module."""
+        self.param_groups(model)
+
     def begin_task(self, model: nn.Module, task: Task | None, memory: Memory) -> nn.Module:
         """Once a task, never again on resume: wrap, decompose, attach, measure. Returns the model to train."""
+        return model
+
+    def resume_task(self, model: nn.Module, task: Task | None, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
+        """In place of begin_task on the model of the last commit, when the task goes on from a checkpoint: the same structure, nothing drawn or measured anew.
+
+        state: what state_dict() gave. Weights are loaded into the returned model afterwards.
+        """
+        self.load_state_dict(state)
         return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
-"""GORP: gradient low-rank projection for continual learning (Wang et al., ACL 2025, arXiv 2507.02503). Full-rank branch.
+"""GORP: gradient low-rank projection for continual learning (Wang et al., ACL 2025, arXiv 2507.02503).
 
-    R = G Q,  Q (in x r) = top right singular directions of G (I - S S^T)      (eq. 3-4, one-sided, S on the input side)
-    dW = -lr * full_lr_ratio * AdamW(R) Q^T                                     the state is out x r, the update stays in span(Q), orthogonal to S
-    after the task: M' = M - M S S^T, its top directions join S until S holds the share `energy` of M   (eq. 6-8)
+    full-rank branch   R = G Q,  Q (in x r) = top right singular directions of G (I - S S^T)     (eq. 3-4, one-sided, S on the input side)
+                       dW = -lr * full_lr_ratio * AdamW(R) Q^T    the state is out x r, the update stays in span(Q), orthogonal to S
+    LoRA branch        y += s B A x; A starts as A (I - S S^T), and each finished AdamW step of A is projected off S; so B A x = 0 for x in span(S)
+                       at the task's end W <- W + s B A, A is drawn anew, B = 0: the rank never grows, what is left is a plain model
+    after the task     M' = M - M S S^T, its top directions join S until S holds the share `energy` of M   (eq. 6-8)
 
-M is the raw gradient's statistic, before any projection: a sketch of the whole task's gradients, or Adam's first moment at its end (the paper). A gradient row is
-a combination of the layer's inputs (G = delta^T X), so S spans inputs the old tasks used, and dW S = 0 leaves their outputs alone.
+One S (in x k) a module, shared by both branches. M is the raw gradient's statistic, before any projection: a sketch of the whole task's gradients, or Adam's
+first moment at its end (the paper). A gradient row is a combination of the layer's inputs (G = delta^T X, and G_A = s B^T G), so S spans inputs the old tasks
+used, and dW S = 0 leaves their outputs alone.
 
 When not to use it: tasks that contradict each other (a new fact must replace an old one); one task only (use any optimizer); a model whose head or
 embeddings must move (they are frozen here).
@@ -14,21 +17,37 @@ embeddings must move (they are frozen here).
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..models import match_modules
+from ..adapters import LoraOptions, adapters, attach, detach, factors, family_modules, lora_layers
+from ..models import logical, match_modules, stored_transposed
 from ..sketch import Sketch
-from ..subspace import Constraint, Subspace, coverage, extend, working_dtype
-from .base import Memory, Method, Options, clip_factor
+from ..subspace import Constraint, Subspace, coverage, extend, project_out, working_dtype
+from .base import Memory, Method, clip_factor
 
 log = logging.getLogger(__name__)
 
+# the paper's settings; its two learning rates are 1e-3 and 1e-5 (T5), 2e-4 and 1e-6 (LLaMA)
+PAPER = {
+    "rank": 8, "refresh_gap": 10, "refresh": "svd", "side": "both", "full_lr_ratio": 0.01, "use_lora": True, "lora_rank": 8, "lora_alpha": 32.0,
+    "lora_dropout": 0.1, "space_from": "first_moment", "energy": 0.9,
+}  # fmt: skip
 
-class GORPOptions(Options):
+
+class GORPOptions(LoraOptions):
+    preset: Literal["paper"] | None = None
+    """paper: two-sided k x k coordinates, T = 10, k = 8, LoRA on query and value, the full-rank branch on the layers the paper names; what is given beside it wins."""
+    use_full_rank: bool = True
+    """The full-rank branch: weights whose gradient is used in `rank` coordinates."""
+    use_lora: bool = False
+    """The LoRA branch. With use_full_rank and use_shared_space these are the rows of the paper's ablation."""
+    use_shared_space: bool = True
+    """False trains the same way but protects nothing."""
     rank: int | None = Field(8, ge=1)
     """Directions the optimizer's state lives in (paper: 8); null keeps dense Adam inside the permitted space."""
     refresh_gap: int = Field(10, ge=1)
@@ -36,13 +55,12 @@ class GORPOptions(Options):
     refresh: Literal["cold", "warm", "exact", "svd"] = "cold"
     moments: Literal["rotate", "reset"] = "rotate"
     full_lr_ratio: float = Field(10.0, gt=0)
-    """Learning rate of the full-rank branch, times train.learning_rate."""
+    """Learning rate of the full-rank branch, times train.learning_rate, which is the LoRA branch's."""
     full_modules: str | list[str] | None = None
-    """Which linear layers: a regex over whole dotted names, or a list of names; absent: all but the head."""
-    side: Literal["inputs", "outputs"] = "inputs"
-    """Which side of W the space lives on. The paper's S S^T G, read with row vectors, is the input side."""
-    use_shared_space: bool = True
-    """False trains the same way but protects nothing (an ablation of the paper)."""
+    """Linear layers of the full-rank branch: a regex over whole dotted names, or a list of names; absent: all but the head (preset paper: those the paper names)."""
+    side: Literal["inputs", "outputs", "both"] = "inputs"
+    """Which side of W is reduced to `rank` and carries the space; both: reduced on both (k x k), the space on the inputs. The paper's S S^T G, read with row
+    vectors, is the input side."""
     space_from: Literal["sketch", "first_moment"] = "sketch"
     energy: float = Field(0.95, gt=0, le=1)
     """Share of a task's gradient energy the space must hold after it."""
@@ -50,6 +68,19 @@ class GORPOptions(Options):
     """Largest space a module may have; beyond it the directions of least energy are given up, and said so."""
     sketch_size: int = Field(256, ge=8)
     """Directions the sketch keeps while a task trains."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return PAPER | values if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> GORPOptions:
+        if not (self.use_full_rank or self.use_lora):
+            raise ValueError("use_full_rank and use_lora are both false, so nothing would be trained")
+        if self.side == "both" and self.rank is None:
+            raise ValueError("side: both reduces the gradient on both sides, so it needs a rank")
+        return self
 
 
 class GORP(Method):
@@ -63,64 +94,117 @@ class GORP(Method):
         super().__init__(**options)
         self.max_grad_norm: float | None = 1.0
         self.spaces: dict[str, Subspace] = {}
-        self.statistics: dict[str, Sketch | Tensor] = {}
+        self.statistics: dict[str, Sketch | Tensor] = {}  # "full/<module>" and "lora/<module>"
+        self.drawn: dict[str, Tensor] = {}  # A of each adapter as the task began
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
+    def check(self, model: nn.Module) -> None:
+        self.full_layers(model)
+        if self.options.use_lora:
+            lora_layers(model, self.options.lora_modules)
+
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.load_spaces(memory)
-        self.statistics = {}
+        self.statistics, self.drawn = {}, {}
+        for name, layer in self.attach(model).items():
+            A, _ = factors(layer)
+            if (constraint := self.constraint(name)) is not None and self.space_side == "inputs":
+                with torch.no_grad():
+                    A.copy_(project_out(A, constraint.inputs.to(A)))
+            self.drawn[name] = A.detach().cpu().clone()
+        return model
+
+    def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
+        self.load_spaces(memory)
+        self.load_state_dict(state)
+        for name, layer in self.attach(model).items():
+            with torch.no_grad():
+                factors(layer)[0].copy_(self.drawn[name])
         return model
 
     def load_spaces(self, memory: Memory) -> None:
         names = {key.removesuffix(".basis") for key in memory.tensors if key.endswith(".basis")}
         self.spaces = {name: Subspace(memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"]) for name in names}
 
-    def modules(self, model: nn.Module) -> dict[str, nn.Linear]:
-        return match_modules(model, self.options.full_modules, "method.full_modules")
+    @property
+    def space_side(self) -> str:
+        return "outputs" if self.options.side == "outputs" else "inputs"
+
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        o = self.options
+        if not o.use_lora:
+            return {}
+        return attach(model, list(lora_layers(model, o.lora_modules)), o.lora_rank, o.lora_alpha, o.lora_dropout)
+
+    def full_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        o = self.options
+        if not o.use_full_rank:
+            return {}
+        pattern = family_modules(model, "full", "method.full_modules") if o.full_modules is None and o.preset == "paper" else o.full_modules
+        return match_modules(model, pattern, "method.full_modules")
+
+    def constraint(self, name: str) -> Constraint | None:
+        """What the space of a module forbids; None where it has none."""
+        space = self.spaces.get(name)
+        return Constraint(**{self.space_side: space}) if self.options.use_shared_space and space is not None and space.rank else None
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
         common = dict(rank=o.rank, refresh_gap=o.refresh_gap, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=o.full_lr_ratio)
         groups = []
-        for name, module in self.modules(model).items():
-            space = self.spaces.get(name)
-            constraint = Constraint(**{o.side: space}) if o.use_shared_space and space is not None and space.rank else None
+        for name, layer in self.full_layers(model).items():
+            constraint = self.constraint(name)
             if o.rank is None and constraint is None:  # an empty space, so that weight decay pulls toward the task's start here too
-                constraint = Constraint(**{o.side: Subspace.empty(module.in_features if o.side == "inputs" else module.out_features)})
-            groups.append({"params": [module.weight], "names": [f"{name}.weight"], "constraint": constraint, **common})
+                m, n = logical(layer.weight, layer).shape
+                constraint = Constraint(**{self.space_side: Subspace.empty(n if self.space_side == "inputs" else m)})
+            group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": constraint, "transposed": stored_transposed(layer)}
+            groups.append(group | common)
+        for name, layer in adapters(model).items():
+            # A (rank, in) reads the inputs and B (out, rank) writes the outputs: whichever side the space is on, one factor carries it
+            constraint, carries = self.constraint(name), "AB".index("A" if self.space_side == "inputs" else "B")
+            for k, factor in enumerate(factors(layer)):
+                groups.append({"params": [factor], "names": [f"{name}.lora_{'AB'[k]}"], "constraint": constraint if k == carries else None})
         return groups
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """The raw gradients whose rows live in the spaces, by branch and module: G or G_A (G^T or G_B^T where the space is on the outputs)."""
+        inputs = self.space_side == "inputs"
+        found = {f"full/{n}": logical(m.weight.grad, m) for n, m in self.full_layers(model).items() if m.weight.grad is not None}
+        for name, layer in adapters(model).items():
+            factor = factors(layer)[0 if inputs else 1]
+            if factor.grad is not None:
+                found[f"lora/{name}"] = factor.grad
+        return found if inputs else {key: G.mT for key, G in found.items()}
 
     @torch.no_grad()
     def on_step(self, model: nn.Module) -> None:
-        """Collect the raw gradient, clipped as a whole so that one wild step does not own the space."""
+        """Collect the raw gradients, clipped as a whole so that one wild step does not own the space."""
         o = self.options
         if not o.use_shared_space:
             return
-        modules = {n: m for n, m in self.modules(model).items() if m.weight.grad is not None}
-        factor = clip_factor([m.weight.grad for m in modules.values()], self.max_grad_norm)
-        for i, (name, module) in enumerate(modules.items()):
-            G = module.weight.grad if o.side == "inputs" else module.weight.grad.mT
+        gradients = self.gradients(model)
+        factor = clip_factor(list(gradients.values()), self.max_grad_norm)
+        for i, (key, G) in enumerate(gradients.items()):
             if o.space_from == "sketch":
-                if name not in self.statistics:
-                    self.statistics[name] = Sketch(G.shape[1], min(o.sketch_size, G.shape[1]), seed=i)
-                self.statistics[name].update(G, factor)
+                if key not in self.statistics:
+                    self.statistics[key] = Sketch(G.shape[1], min(o.sketch_size, G.shape[1]), seed=i)
+                self.statistics[key].update(G, factor)
             else:
-                if name not in self.statistics:
-                    self.statistics[name] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
-                M = self.statistics[name]
+                if key not in self.statistics:
+                    self.statistics[key] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
+                M = self.statistics[key]
                 M.lerp_(G.to(M.dtype) * factor, 0.1)  # Adam's first moment, beta1 = 0.9
 
     @torch.no_grad()
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         o = self.options
         evicted, short = 0, []
-        for name, statistic in self.statistics.items():
-            if isinstance(statistic, Sketch):
-                statistic.compress()
-                A, total = statistic.rows, float(statistic.total)
-            else:
-                A, total = statistic, None
+        by_module: dict[str, list[tuple[Tensor, float]]] = defaultdict(list)
+        for key, statistic in self.statistics.items():
+            by_module[key.partition("/")[2]].append(_rows(statistic))
+        for name, parts in by_module.items():
+            A, total = _joint(parts)
             space = self.spaces.get(name) or Subspace.empty(A.shape[1], A.dtype)
             space, lost = extend(space.to(A), A, o.energy, max_rank=o.max_rank, total=total)
             if o.max_rank is None and total and coverage(A, space.basis) * float((A.double() ** 2).sum()) < 0.99 * o.energy * total:
@@ -138,27 +222,29 @@ class GORP(Method):
                 o.energy,
                 o.sketch_size,
             )
-        self.statistics = {}
-        return model
+        self.statistics, self.drawn = {}, {}
+        return detach(model) if adapters(model) else model
 
     # -- saving ----------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for name, statistic in self.statistics.items():
+        state: dict[str, Tensor] = {f"drawn/{name}": A for name, A in self.drawn.items()}
+        for key, statistic in self.statistics.items():
             if isinstance(statistic, Sketch):
-                state.update({f"{name}:{key}": value for key, value in statistic.state_dict().items()})
+                state.update({f"{key}:{part}": value for part, value in statistic.state_dict().items()})
             else:
-                state[name] = statistic
+                state[key] = statistic
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.statistics = {}
-        sketches: dict[str, dict[str, Tensor]] = {}
+        self.statistics, self.drawn = {}, {}
+        sketches: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in state.items():
             name, _, part = key.partition(":")
-            if part:
-                sketches.setdefault(name, {})[part] = value
+            if key.startswith("drawn/"):
+                self.drawn[key.removeprefix("drawn/")] = value
+            elif part:
+                sketches[name][part] = value
             else:
                 self.statistics[name] = value.clone()
         for name, parts in sketches.items():
@@ -170,14 +256,15 @@ class GORP(Method):
         o = self.options
         if not o.use_shared_space:
             return 0
-        total = 0
-        for module in self.modules(model).values():
-            m, n = module.weight.shape if o.side == "inputs" else module.weight.shape[::-1]
-            total += 4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16)
-        return total
+        inputs = self.space_side == "inputs"
+        shapes = [logical(m.weight, m).shape if inputs else logical(m.weight, m).shape[::-1] for m in self.full_layers(model).values()]
+        if o.use_lora:
+            layers = [logical(m.weight, m) for m in lora_layers(model, o.lora_modules).values()]
+            shapes += [(o.lora_rank, W.shape[1] if inputs else W.shape[0]) for W in layers]
+        return sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16) for m, n in shapes)
 
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
-        if self.options.side != "inputs" or not self.options.use_shared_space:
+        if self.space_side != "inputs" or not self.options.use_shared_space:
             return {}
         return {key.removesuffix(".basis"): V for key, V in memory.tensors.items() if key.endswith(".basis")}
 
@@ -189,3 +276,19 @@ class GORP(Method):
         share = sum(t.shape[1] / t.shape[0] for t in bases) / len(bases)
         numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share}
         return numbers | {"evicted": memory.info.get("evicted", 0), "bytes": sum(t.nbytes for t in bases)}
+
+
+def _rows(statistic: Sketch | Tensor) -> tuple[Tensor, float]:
+    """(rows (k, n) whose Gram matrix is the statistic, the energy it stands for)."""
+    if isinstance(statistic, Sketch):
+        statistic.compress()
+        return statistic.rows, float(statistic.total)
+    return statistic, float((statistic.double() ** 2).sum())
+
+
+def _joint(parts: list[tuple[Tensor, float]]) -> tuple[Tensor, float]:
+    """The branches' statistics on top of each other, each brought to energy 1: they differ by s B^T, which starts at zero and would let one branch speak alone."""
+    parts = [(A, total) for A, total in parts if total > 0] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([A / total**0.5 for A, total in parts]), float(len(parts))

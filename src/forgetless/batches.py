@@ -1,0 +1,109 @@
+"""Rows as padded batches, and the loss on their answers: for decoder-only models in one sequence, for encoder-decoder ones the prompt to the encoder."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import Task
+
+IGNORED = -100  # cross_entropy's ignore_index
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Rows tokenised when they are asked for: 40 steps of 8 need not read 5,000."""
+
+    def __init__(self, task: Task, tokenizer, rows: list):
+        self.task, self.tokenizer, self.rows = task, tokenizer, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        return self.task.encode(self.tokenizer, self.rows[i])
+
+
+class Collate:
+    """Padded batches of encoded rows {"input_ids", "labels"}; padding is masked by position, never by id (pad may be eos).
+
+    Decoder-only: padded on the left, so that answers end together. Encoder-decoder (`seq2seq`): input_ids is the prompt, labels and decoder_input_ids (the
+    answer shifted right, beginning with the model's start token) are the answer, padded on the right.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.seq2seq = is_seq2seq(model)
+        if self.seq2seq:
+            config = model.config
+            first = getattr(config, "decoder_start_token_id", None)
+            self.first = first if first is not None else config.pad_token_id
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        if not self.seq2seq:
+            ids, mask = padded([r["input_ids"] for r in rows], left=True)
+            labels, _ = padded([r["labels"] for r in rows], left=True, fill=IGNORED)
+            return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0), "labels": labels}
+        cuts = [next(i for i, label in enumerate(r["labels"]) if label != IGNORED) for r in rows]
+        ids, mask = padded([r["input_ids"][:k] for r, k in zip(rows, cuts, strict=True)])
+        labels, _ = padded([r["labels"][k:] for r, k in zip(rows, cuts, strict=True)], fill=IGNORED)
+        given, _ = padded([[self.first, *r["input_ids"][k:-1]] for r, k in zip(rows, cuts, strict=True)])
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": given, "labels": labels}
+
+
+def padded(sequences: list[list[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids (B, L), mask (B, L): 1 where a real token stands)."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), fill, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for i, s in enumerate(sequences):
+        where = slice(length - len(s), None) if left else slice(len(s))
+        ids[i, where], mask[i, where] = torch.tensor(s, dtype=torch.long), 1
+    return ids, mask
+
+
+def is_seq2seq(model: nn.Module) -> bool:
+    return bool(getattr(unwrapped(model).config, "is_encoder_decoder", False))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@lru_cache
+def _takes(kind: type, argument: str) -> bool:
+    return argument in inspect.signature(kind.forward).parameters
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Does this model's forward know the argument? (Not every architecture has position_ids or logits_to_keep.)"""
+    return _takes(type(unwrapped(model)), argument)
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0) -> Any:
+    """The model's output for a batch of Collate; logits of the last `logits_to_keep` positions only where the model can (0: of all)."""
+    inputs = {k: v for k, v in batch.items() if k != "labels" and accepts(model, k)}
+    if logits_to_keep and accepts(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = logits_to_keep
+    return model(**inputs, use_cache=False)
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:
+    """Mean cross-entropy of the answer tokens: sum over them / num_items (all answer tokens of the optimizer step), or / their own number.
+
+    A decoder-only row is padded on the left, so answers end together and the head runs over the last few positions only.
+    """
+    labels = batch["labels"]  # (B, L)
+    if is_seq2seq(model):
+        outputs = forward(model, batch)
+        logits, target = outputs.logits, labels
+    else:
+        seen = (labels != IGNORED).any(0)  # an answer may have gaps: earlier turns of a conversation
+        answer = labels.shape[1] - int(seen.to(torch.int8).argmax())  # position t predicts token t + 1
+        outputs = forward(model, batch, logits_to_keep=answer + 1)
+        logits, target = outputs.logits[:, -answer - 1 : -1], labels[:, -answer:]
+    loss = nn.functional.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return loss / (num_items if num_items is not None else (labels != IGNORED).sum()), outputs

@@ -1,0 +1,77 @@
+"""Checkpoints of the task in progress: the Trainer's own (weights, optimizer, scheduler, random states, data position), beside them what the method collects.
+
+A checkpoint counts only once its last file, forgetless.json, is there: written and synced after all others, so that a kill leaves the one before. It goes on only in
+the run, after the commit, with the settings and as many processes as it was made in. All loads are weights_only; the folder goes at the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .lineage import sync_tree, write_atomic
+
+
+class Checkpoints:
+    """Of one task, in `folder`, every `every` steps (None: never). key: what must be the same for one of them to go on."""
+
+    def __init__(self, folder: Path, every: int | None, key: dict[str, Any]):
+        self.folder, self.every, self.key = folder, every, key | {"world_size": distributed.world_size()}
+        self.path = distributed.on_main(self._latest) if every else None
+        if self.path is None:
+            self.drop()  # of another attempt, with other settings
+        self.found: dict[str, Any] = json.loads((self.path / "forgetless.json").read_text()) if self.path else {}
+
+    def _latest(self) -> Path | None:
+        for path in _newest_first(self.folder):
+            stamp = path / "forgetless.json"
+            if stamp.is_file() and json.loads(stamp.read_text())["key"] == self.key:
+                return path
+        return None
+
+    @property
+    def step(self) -> int:
+        """The optimizer step to go on from; 0 where there is no checkpoint."""
+        return self.found.get("step", 0)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The steps up to the checkpoint, as the trainer logged them."""
+        return list(self.found.get("log", ()))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the task before this process."""
+        return self.found.get("seconds", 0.0)
+
+    def method_state(self) -> dict[str, Tensor]:
+        return torch.load(self.path / "method.pt", weights_only=True, map_location="cpu")
+
+    def finish(self, step: int, method_state: dict[str, Tensor], log: list[dict[str, Any]], seconds: float) -> None:
+        """Called when the Trainer has written checkpoint-<step>: complete it, then forget the older ones."""
+        distributed.barrier()  # every process' random state is in it
+        if distributed.is_main():
+            path = self.folder / f"checkpoint-{step}"
+            torch.save(method_state, path / "method.pt")
+            sync_tree(path)
+            write_atomic(path / "forgetless.json", json.dumps({"key": self.key, "step": step, "log": log, "seconds": seconds}))
+            for old in _newest_first(self.folder):
+                if old != path:
+                    shutil.rmtree(old)
+
+    def drop(self) -> None:
+        """The task is committed, or begins anew."""
+        if distributed.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
