@@ -16,21 +16,26 @@ torch.set_num_threads(1)
 WORDS = "red green blue cat dog bird sits runs flies apple stone river happy sad calm Text Answer : yes no maybe good bad colour animal mood N / A".split()
 
 
-def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float32):
-    """A 2-layer Llama of width 32 with its tokenizer in `path`."""
+def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float32, kind: str = "llama"):
+    """A 2-layer model of width 32 with its tokenizer in `path`: llama, qwen3, gpt2 (Conv1D) or t5 (encoder-decoder)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
     vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1, bos_token_id=None,
+    common = dict(vocab_size=len(vocab), tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1, bos_token_id=None)
+    llama = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype)
+    sizes = {
+        "llama": llama, "qwen3": llama | {"head_dim": 8}, "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "t5": dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
+    }  # fmt: skip
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(kind, **common, **sizes[kind])).to(dtype)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

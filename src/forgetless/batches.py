@@ -105,5 +105,6 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | 
         answer = labels.shape[1] - int(seen.to(torch.int8).argmax())  # position t predicts token t + 1
         outputs = forward(model, batch, logits_to_keep=answer + 1)
         logits, target = outputs.logits[:, -answer - 1 : -1], labels[:, -answer:]
-    loss = nn.functional.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
     return loss / (num_items if num_items is not None else (labels != IGNORED).sum()), outputs

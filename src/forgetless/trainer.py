@@ -27,7 +27,7 @@ from .tasks import Task
 # gentle defaults for one task of a stream; anything in `train:` overrides them
 DEFAULTS = {
     "learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "max_grad_norm": 1.0, "weight_decay": 0.0,
-    "lr_scheduler_type": "constant", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False,
+    "lr_scheduler_type": "constant", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "ddp_find_unused_parameters": False,
 }  # fmt: skip
 
 

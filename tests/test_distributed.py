@@ -1,0 +1,149 @@
+"""Several processes: contract row 4 (two gloo ranks equal one process), whole runs through torchrun and accelerate launch, and the end of a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_task
+
+import forgetless as fl
+
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def run(command: list[str], timeout: int = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def torchrun(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), *command], timeout)
+
+
+# -- row 4 -------------------------------------------------------------------------------------------------------------------------------
+
+# a spectral gap and exact bases, so that the order of summation cannot choose another subspace
+METHODS = {
+    "seqft": {"name": "seqft"},
+    "gorp": {"name": "gorp", "rank": None, "full_lr_ratio": 1.0, "energy": 0.5},
+    "gorp-rank": {"name": "gorp", "rank": 3, "refresh": "svd", "energy": 0.5, "space_from": "first_moment", "max_rank": 4},
+    "gorp-branches": {"name": "gorp", "rank": 3, "refresh": "svd", "use_lora": True, "lora_dropout": 0.0, "energy": 0.5, "max_rank": 4},
+    "lora": {"name": "lora", "lora_dropout": 0.0},
+    "inclora": {"name": "inclora", "lora_dropout": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tiny, tmp_path_factory):
+    """{method: tensors} of one process with batches of 4, and of two with batches of 2."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # 48 rows: whole steps of 2 x 2 x 2; at the ragged end of an epoch Accelerate fills up the last process' batch with rows from its beginning
+    tasks = json.dumps([write_task(folder / "data", n) | {"limit": 48} for n in ("colour", "animal")])
+    arguments = [str(HERE / "ddp_child.py"), tiny, tasks]
+    two = torchrun(*arguments, str(folder / "two"), json.dumps(METHODS), "2")
+    assert two.returncode == 0, two.stderr[-2000:]
+    one = run([sys.executable, *arguments, str(folder / "one"), json.dumps(METHODS), "4"])
+    assert one.returncode == 0, one.stderr[-2000:]
+    return tuple(torch.load(folder / n, weights_only=True) for n in ("one", "two"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_row_4_two_ranks_equal_one_process(name, one_and_two):
+    a, b = (found[name] for found in one_and_two)
+    assert a.keys() == b.keys() and (not name.startswith("gorp") or any(key.endswith(".basis") and t.shape[1] for key, t in a.items()))
+    for key in a:
+        if key.endswith(".basis"):  # a space is its projector: directions of equal energy may come out in another mixture
+            torch.testing.assert_close(a[key] @ a[key].mT, b[key] @ b[key].mT, atol=1e-8, rtol=0)
+        else:
+            torch.testing.assert_close(a[key], b[key], atol=1e-8, rtol=0)
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def config_file(config: dict, tmp_path: Path) -> str:
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    return str(tmp_path / "config.yaml")
+
+
+def test_a_run_through_torchrun_commits_once_and_is_loaded_by_one_process(small_run, tmp_path):
+    config = small_run("gorp", tasks=("colour", "animal"), checkpoint_every=4)
+    path = config_file(config, tmp_path)
+    done = torchrun("-m", "forgetless", "run", "--progress", "json", path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("average accuracy") == 2  # one table a scorer, printed once
+    folder = Path(config["output_dir"])
+    lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["colour", "animal"]
+    rows = [json.loads(line) for line in (folder / "tasks" / "01-animal" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and sorted({r["task"] for r in rows}) == ["animal", "colour"]  # every row once, whoever scored it
+    again = fl.run(config)  # alone: all is there, the model is the one that was committed
+    assert again.resumed_at == 2
+
+
+def test_a_run_through_accelerate_launch(small_run, tmp_path):
+    config = small_run("seqft", tasks=("colour",))
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--main_process_port", port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = run([*launcher, "-m", "forgetless", "run", "--progress", "none", config_file(config, tmp_path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("average accuracy") == 2
+    steps = [json.loads(line) for line in (Path(config["output_dir"]) / "timing.jsonl").read_text().splitlines()]
+    assert sum(s["event"] == "step" for s in steps) == 6
+
+
+DYING = """
+import os, sys
+import forgetless.trainer as trainer
+from forgetless import cli
+from forgetless.errors import DataError
+
+calls, real = [], trainer.answer_loss
+def fail(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 9:
+        raise {error}
+    return real(*args, **kwargs)
+trainer.answer_loss = fail
+sys.argv = ["forgetless", "run", "--progress", "none", {path!r}]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("error", "said"), [("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"), ("RuntimeError('boom')", "rank 1: internal error")])
+def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, small_run, tmp_path):
+    config = small_run("gorp", tasks=("colour", "animal"), checkpoint_every=2)
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(error=error, path=config_file(config, tmp_path)))
+    ended = torchrun(str(script), timeout=120)
+    assert ended.returncode != 0
+    speaks = [line for line in ended.stderr.splitlines() if line.startswith("rank ")]
+    assert speaks and speaks[0].startswith(said), ended.stderr[-3000:]
+    assert (Path(config["output_dir"]) / "current").read_text() == "00-colour\n"  # the ninth loss is in the second task: the first is kept
+
+
+def test_processes_that_hold_different_models_commit_nothing(small_run, tmp_path):
+    config = small_run("seqft", tasks=("colour",))
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys, torch\nfrom forgetless import cli\nfrom forgetless.methods.seqft import SeqFT\n"
+        "def end(self, model, task, memory):\n"
+        "    with torch.no_grad():\n        next(model.parameters()).add_(float(os.environ['RANK']))\n    return model\n"
+        f"SeqFT.end_task = end\nsys.argv = ['forgetless', 'run', '--progress', 'none', {config_file(config, tmp_path)!r}]\ncli.main()\n"
+    )
+    ended = torchrun(str(script), timeout=120)
+    assert ended.returncode != 0 and "different models" in ended.stderr
+    assert not (Path(config["output_dir"]) / "current").exists()
