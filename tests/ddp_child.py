@@ -1,6 +1,6 @@
 """One of several processes (torchrun) or the only one: trains two tasks in fp64 with each of several methods and saves what came of it. For test_distributed.py.
 
-    torchrun --nproc_per_node 2 tests/ddp_child.py MODEL TASKS.json OUT METHODS.json BATCH
+torchrun --nproc_per_node 2 tests/ddp_child.py MODEL TASKS.json OUT METHODS.json BATCH
 """
 
 import json

@@ -71,7 +71,7 @@ def test_help_names_every_command(forgetless_):
 
 def test_methods(forgetless_):
     status, out, _ = forgetless_("methods")
-    assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in REGISTRY) and "rank: 8" in out
+    assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in REGISTRY) and "energy: 0.95" in out
 
 
 def test_methods_json(forgetless_):
@@ -101,7 +101,7 @@ def test_doctor(forgetless_):
 def test_doctor_of_a_config(here, forgetless_):
     status, out, _ = forgetless_("doctor", "first.yaml", "--json")
     found = json.loads(out)
-    assert status == 0 and found["model"]["class"] == "LlamaForCausalLM" and found["method"]["options"]["rank"] == 8
+    assert status == 0 and found["model"]["class"] == "LlamaForCausalLM" and found["method"]["options"]["energy"] == 0.95
     assert len(found["method"]["trained_tensors"]) == 14 and found["bytes"]["optimizer_state"] < found["bytes"]["adamw_state_same_tensors"]
     assert [t["name"] for t in found["tasks"]] == ["colour", "animal"] and found["tasks"][0]["rows"]["test"] == 12
     assert not Path("run").exists()

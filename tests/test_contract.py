@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +25,12 @@ from forgetless.methods.base import Memory
 from forgetless.optim import SubspaceAdamW
 
 VARIANTS = {
-    "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-dense": {"rank": None, "full_lr_ratio": 1.0}, "gorp-first_moment": {"space_from": "first_moment"},
-    "gorp-outputs": {"side": "outputs"}, "gorp-max_rank": {"max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
+    "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-rank": {"rank": 8}, "gorp-first_moment": {"space_from": "first_moment"},
+    "gorp-outputs": {"side": "outputs", "rank": 8}, "gorp-max_rank": {"rank": 8, "max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
     "gorp-lora": {"use_full_rank": False, "use_lora": True}, "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
     "gorp-lora-no_space": {"use_full_rank": False, "use_lora": True, "use_shared_space": False},  # the paper's ablation: B alone, B+S, B+L, B+L+S
-    "gorp-branches": {"use_lora": True}, "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False},
-    "gorp-both": {"side": "both"}, "gorp-paper": {"preset": "paper"}, "lora": {}, "inclora": {},
+    "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4}, "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False},
+    "gorp-both": {"side": "both", "rank": 8}, "gorp-paper": {"preset": "paper"}, "lora": {}, "inclora": {},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
@@ -138,6 +141,89 @@ def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options
         score = sum(p.score("choice") for p in again) / len(again)
         assert score == result.matrices["choice"].rows[i][i]
         assert score > 0.5  # chance is 1/3: it did learn
+
+
+# -- row 3: killed and resumed = never killed ----------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in between may catch it, as nothing catches a SIGKILL (benchmarks/scripts/sigkill.py sends real ones)."""
+
+
+def kill_at(monkeypatch, call: int, where: str = "forgetless.trainer.answer_loss"):
+    """Raise Killed at the call-th call of `where`; returns the list of calls."""
+    module, _, name = where.rpartition(".")
+    calls, real = [], getattr(importlib.import_module(module), name)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(where, counted)
+    return calls
+
+
+@every
+def test_row_3_killed_inside_a_task_and_resumed_is_never_killed(name, options, small_run, tmp_path, monkeypatch):
+    train = {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "bf16": False,
+             "use_cpu": True, "lr_scheduler_type": "linear"}  # fmt: skip  # 54 rows: 5 steps an epoch, the last one short
+    config = small_run({"name": name, **options}, tasks=("colour", "animal"), train=train)
+    whole = (fl.run(config | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+
+    begun = []
+    begin = type(get(name, **options)).begin_task
+    monkeypatch.setattr(type(get(name, **options)), "begin_task", lambda *a: begun.append(1) or begin(*a))
+    broken = config | {"output_dir": str(tmp_path / "broken"), "checkpoint_every": 3}
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 18 + 15)  # the second task's eighth step; its last checkpoint is of the sixth, in the second epoch
+        fl.run(broken)
+    calls = kill_at(monkeypatch, 0)
+    result = fl.run(broken)
+    assert (result.path / "lineage.jsonl").read_text() == whole
+    assert len(begun) == 2 and len(calls) == 2 * 4 - 1  # never begun again; steps 7 to 10, of which the last has one batch
+    steps = [e["step"] for e in map(json.loads, (result.path / "timing.jsonl").read_text().splitlines()) if e["event"] == "step"]
+    assert steps == [*range(1, 11), *range(1, 11)]
+    assert not [p for p in (result.path / "tasks").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "where", ["forgetless.checkpoint.sync_tree", "forgetless.lineage.save_memory", "forgetless.lineage.sync_tree", "forgetless.lineage.write_atomic"]
+)
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_row_3_killed_while_writing(where, call, small_run, tmp_path, monkeypatch):
+    """In a checkpoint, and in every part of a commit: what is half written is as if it were not there."""
+    config = small_run({"name": "gorp", "use_lora": True}, tasks=("colour", "animal"), checkpoint_every=2)
+    whole = (fl.run(config | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        kill_at(patch, call, where)
+        with contextlib.suppress(Killed):
+            fl.run(config)
+    assert (fl.run(config).path / "lineage.jsonl").read_text() == whole
+
+
+def test_row_3_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):
+    config = small_run("gorp", tasks=("colour",), checkpoint_every=2)
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        fl.run(config)
+    other = config | {"train": config["train"] | {"learning_rate": 5e-4}}  # nothing is committed yet, so the settings may change
+    whole = (fl.run(other | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+    calls = kill_at(monkeypatch, 0)
+    assert (fl.run(other).path / "lineage.jsonl").read_text() == whole and len(calls) == 6
+
+
+def test_row_3_the_time_before_a_kill_counts(small_run, monkeypatch):
+    config = small_run("gorp", tasks=("colour",), checkpoint_every=2)
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        fl.run(config)
+    (stamp,) = (Path(config["output_dir"]) / "tasks").glob(".*.training/*/forgetless.json")
+    saved = json.loads(stamp.read_text())
+    stamp.write_text(json.dumps(saved | {"seconds": 1000.0}))
+    events = [json.loads(line) for line in (fl.run(config).path / "timing.jsonl").read_text().splitlines()]
+    assert 1000 < events[-1]["train_seconds"] < 1100
 
 
 # -- row 5: the exported model is the model in memory ------------------------------------------------------------------------------------
@@ -362,12 +448,12 @@ def test_run_yaml_holds_every_default_and_a_changed_default_is_a_changed_run(sma
     config = small_run("gorp", tasks=("colour",))
     saved = yaml.safe_load((fl.run(config).path / "run.yaml").read_text())
     assert (
-        saved["method"]["rank"] == 8
+        saved["method"]["rank"] is None
         and saved["method"]["energy"] == 0.95
         and saved["train"]["lr_scheduler_type"] == "constant"
         and saved["train"]["bf16"] is False
     )
-    fl.run(config | {"method": {"name": "gorp", "rank": 8}})  # the same, said aloud
+    fl.run(config | {"method": {"name": "gorp", "rank": None}})  # the same, said aloud
     with pytest.raises(ConfigError, match=r"method\.energy: 0\.95, now method\.energy: 0\.9\."):
         fl.run(config | {"method": {"name": "gorp", "energy": 0.9}})
 

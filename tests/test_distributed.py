@@ -123,7 +123,9 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("error", "said"), [("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"), ("RuntimeError('boom')", "rank 1: internal error")])
+@pytest.mark.parametrize(
+    ("error", "said"), [("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"), ("RuntimeError('boom')", "rank 1: internal error")]
+)
 def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, small_run, tmp_path):
     config = small_run("gorp", tasks=("colour", "animal"), checkpoint_every=2)
     script = tmp_path / "dying.py"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from forgetless.batches import Collate, answer_loss
 from forgetless.config import TaskConfig
 from forgetless.errors import DataError
 from forgetless.tasks import Example, Task, carve, load_task, read_rows, sample
-from forgetless.batches import Collate, answer_loss
 
 ROWS = [{"sentence": f"cat red {i}", "label": ["red", "blue"][i % 2]} for i in range(200)]
 

@@ -42,6 +42,11 @@ class Checkpoints:
         return self.found.get("step", 0)
 
     @property
+    def trained(self) -> bool:
+        """Was the checkpoint the last step's? Then only what comes after training is left."""
+        return self.found.get("trained", False)
+
+    @property
     def log(self) -> list[dict[str, Any]]:
         """The steps up to the checkpoint, as the trainer logged them."""
         return list(self.found.get("log", ()))
@@ -54,14 +59,14 @@ class Checkpoints:
     def method_state(self) -> dict[str, Tensor]:
         return torch.load(self.path / "method.pt", weights_only=True, map_location="cpu")
 
-    def finish(self, step: int, method_state: dict[str, Tensor], log: list[dict[str, Any]], seconds: float) -> None:
+    def finish(self, step: int, trained: bool, method_state: dict[str, Tensor], log: list[dict[str, Any]], seconds: float) -> None:
         """Called when the Trainer has written checkpoint-<step>: complete it, then forget the older ones."""
         distributed.barrier()  # every process' random state is in it
         if distributed.is_main():
             path = self.folder / f"checkpoint-{step}"
             torch.save(method_state, path / "method.pt")
             sync_tree(path)
-            write_atomic(path / "forgetless.json", json.dumps({"key": self.key, "step": step, "log": log, "seconds": seconds}))
+            write_atomic(path / "forgetless.json", json.dumps({"key": self.key, "step": step, "trained": trained, "log": log, "seconds": seconds}))
             for old in _newest_first(self.folder):
                 if old != path:
                     shutil.rmtree(old)

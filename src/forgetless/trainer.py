@@ -108,7 +108,11 @@ def train_task(
         trainer = make_trainer(model, tokenizer, task, method, data, args, optimizer, log, progress, checkpoints)
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(len(data), args))
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoints.path) if checkpoints and checkpoints.path else None)
+            if checkpoints and checkpoints.trained:  # the Trainer would take a step more
+                trainer._load_from_checkpoint(str(checkpoints.path))
+                optimizer.load_state_dict(torch.load(checkpoints.path / "optimizer.pt", weights_only=True, map_location="cpu"))
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoints.path) if checkpoints and checkpoints.path else None)
         finally:
             model.set_attn_implementation(attention)
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
@@ -163,7 +167,8 @@ def make_trainer(
             progress.advance(state.global_step, f"loss {loss:.3f}")
 
         def on_save(self, args, state, control, **_):
-            checkpoints.finish(state.global_step, method.state_dict(), log, time.perf_counter() - begun)
+            trained = state.global_step >= state.max_steps
+            checkpoints.finish(state.global_step, trained, method.state_dict(), log, time.perf_counter() - begun)
 
     class TaskTrainer(Trainer):
         micro_losses: list[float] = []

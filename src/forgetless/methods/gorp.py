@@ -2,6 +2,7 @@
 
     full-rank branch   R = G Q,  Q (in x r) = top right singular directions of G (I - S S^T)     (eq. 3-4, one-sided, S on the input side)
                        dW = -lr * full_lr_ratio * AdamW(R) Q^T    the state is out x r, the update stays in span(Q), orthogonal to S
+                       without a rank: dW = -lr * AdamW(G (I - S S^T)) (I - S S^T)
     LoRA branch        y += s B A x; A starts as A (I - S S^T), and each finished AdamW step of A is projected off S; so B A x = 0 for x in span(S)
                        at the task's end W <- W + s B A, A is drawn anew, B = 0: the rank never grows, what is left is a plain model
     after the task     M' = M - M S S^T, its top directions join S until S holds the share `energy` of M   (eq. 6-8)
@@ -48,14 +49,14 @@ class GORPOptions(LoraOptions):
     """The LoRA branch. With use_full_rank and use_shared_space these are the rows of the paper's ablation."""
     use_shared_space: bool = True
     """False trains the same way but protects nothing."""
-    rank: int | None = Field(8, ge=1)
-    """Directions the optimizer's state lives in (paper: 8); null keeps dense Adam inside the permitted space."""
+    rank: int | None = Field(None, ge=1)
+    """Directions the optimizer's state lives in (paper: 8), for its memory; null: dense Adam inside the permitted space, which learned more in every trial."""
     refresh_gap: int = Field(10, ge=1)
     """Steps between two choices of Q (paper: 10)."""
     refresh: Literal["cold", "warm", "exact", "svd"] = "cold"
     moments: Literal["rotate", "reset"] = "rotate"
-    full_lr_ratio: float = Field(10.0, gt=0)
-    """Learning rate of the full-rank branch, times train.learning_rate, which is the LoRA branch's."""
+    full_lr_ratio: float | None = Field(None, gt=0)
+    """Learning rate of the full-rank branch, times train.learning_rate, which is the LoRA branch's; absent: 1, or 10 with a rank, whose steps are shorter."""
     full_modules: str | list[str] | None = None
     """Linear layers of the full-rank branch: a regex over whole dotted names, or a list of names; absent: all but the head (preset paper: those the paper names)."""
     side: Literal["inputs", "outputs", "both"] = "inputs"
@@ -78,8 +79,8 @@ class GORPOptions(LoraOptions):
     def _something_learns(self) -> GORPOptions:
         if not (self.use_full_rank or self.use_lora):
             raise ValueError("use_full_rank and use_lora are both false, so nothing would be trained")
-        if self.side == "both" and self.rank is None:
-            raise ValueError("side: both reduces the gradient on both sides, so it needs a rank")
+        if self.side == "both" and self.rank is None and self.use_full_rank:
+            raise ValueError("side: both reduces the gradient on both sides, so it needs a rank, such as rank: 8")
         return self
 
 
@@ -151,7 +152,8 @@ class GORP(Method):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
-        common = dict(rank=o.rank, refresh_gap=o.refresh_gap, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=o.full_lr_ratio)
+        ratio = o.full_lr_ratio or (1.0 if o.rank is None else 10.0)
+        common = dict(rank=o.rank, refresh_gap=o.refresh_gap, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
         groups = []
         for name, layer in self.full_layers(model).items():
             constraint = self.constraint(name)
