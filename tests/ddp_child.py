@@ -8,8 +8,6 @@ import sys
 
 import torch
 
-torch.set_num_threads(1)
-
 from forgetless import distributed, models
 from forgetless.config import TaskConfig
 from forgetless.methods import get

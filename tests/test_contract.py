@@ -25,12 +25,15 @@ from forgetless.methods.base import Memory
 from forgetless.optim import SubspaceAdamW
 
 VARIANTS = {
-    "seqft": {}, "seqft-linear": {"modules": "linear"}, "gorp": {}, "gorp-rank": {"rank": 8}, "gorp-first_moment": {"space_from": "first_moment"},
-    "gorp-outputs": {"side": "outputs", "rank": 8}, "gorp-max_rank": {"rank": 8, "max_rank": 6}, "gorp-no_space": {"use_shared_space": False}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
-    "gorp-lora": {"use_full_rank": False, "use_lora": True}, "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
-    "gorp-lora-no_space": {"use_full_rank": False, "use_lora": True, "use_shared_space": False},  # the paper's ablation: B alone, B+S, B+L, B+L+S
-    "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4}, "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False},
-    "gorp-both": {"side": "both", "rank": 8}, "gorp-paper": {"preset": "paper"}, "lora": {}, "inclora": {},
+    "seqft": {}, "seqft-linear": {"modules": "linear"}, "lora": {}, "inclora": {},
+    "gorp": {}, "gorp-rank": {"rank": 8}, "gorp-first_moment": {"space_from": "first_moment"}, "gorp-outputs": {"side": "outputs", "rank": 8},
+    "gorp-both": {"side": "both", "rank": 8}, "gorp-max_rank": {"rank": 8, "max_rank": 6}, "gorp-some": {"full_modules": r".*\.(gate|up|down)_proj"},
+    # the branches and the space, one by one: the rows of the paper's ablation are lora (B alone, with projection B+S), both branches (B+L), and all (B+L+S)
+    "gorp-no_space": {"use_shared_space": False}, "gorp-lora": {"use_full_rank": False, "use_lora": True},
+    "gorp-lora-no_space": {"use_full_rank": False, "use_lora": True, "use_shared_space": False},
+    "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
+    "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4},
+    "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False}, "gorp-paper": {"preset": "paper"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
