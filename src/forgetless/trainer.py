@@ -181,7 +181,7 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor |
     Rows are padded on the left, so answers end together and the head runs over the last few positions only.
     """
     labels = inputs["labels"]  # (B, L)
-    answer = int((labels != -100).sum(1).max())
+    answer = labels.shape[1] - int((labels != -100).any(0).nonzero()[0])  # from the first to the end: a conversation's answers have gaps
     keep = answer + 1  # position t predicts token t + 1
     outputs = model(
         input_ids=inputs["input_ids"],
