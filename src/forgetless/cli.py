@@ -43,7 +43,7 @@ def run(
     quiet_libraries()
     from .loop import run as learn
     from .report import write_report
-    from .report.terminal import print_matrix
+    from .report.terminal import print_matrix, print_watch
 
     shown = kinds[progress]()
     try:
@@ -58,6 +58,8 @@ def run(
         print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
     for scorer, matrix in result.matrices.items():
         print_matrix(matrix, scorer, settings.method.name)
+    if result.watch:
+        print_watch(result.watch, settings.tasks[-1].name)
     print(f"model   {result.path / 'model'}\nreport  {report}")
 
 

@@ -22,18 +22,22 @@ from .lineage import RunFolder, write_atomic
 from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
-from .record import check_same_run, config_sha256, cover, evaluate, peak_bytes, protection, resolve, stored, write_config, write_matrix
+from .record import check_same_run, config_sha256, cover, evaluate, peak_bytes, protection, resolve, stored, watched, write_config, write_matrix
 from .tasks import TaskStream, load_stream
 from .trainer import train_task, training_arguments
 
 
 @dataclass
 class Result:
-    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first that has values (choice, as a rule) in `matrix`."""
+    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first that has values in `matrix`.
+
+    The first is `metric` where a task names one, else choice as a rule.
+    """
 
     path: Path
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
     resumed_at: int = 0  # tasks that were committed before this call
+    watch: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # name, scorer: before the first task, after each
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -47,16 +51,15 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     stream = load_stream(config)
-    for task in stream:
-        if task.overlap:
-            progress.say(f"warning: task '{task.name}': {task.overlap} test texts also stand in its training rows")
+    for warning in stream.warnings():
+        progress.say(f"warning: {warning}")
     folder = RunFolder(config.output_dir)
     try:
         folder.repair()  # an interrupted commit is as if it had not begun
         done = check_same_run(folder, config, stream)
         if len(done) < len(stream):
             learn(folder, config, stream, method, done, progress)
-        return Result(folder.path, write_matrix(folder, config, stream), len(done))
+        return Result(folder.path, write_matrix(folder, config, stream), len(done), watched(folder, stream))
     finally:
         folder.close()
 
@@ -87,12 +90,15 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
 
         # commit: after this line the task is learned, whatever happens
         entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": row.scores}
+        if stream.watch:
+            entry |= {"watch": row.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
         metrics = {
             "task": task.name,
             "index": index,
             "scores": row.scores,
             "n": row.n,
             "failures": row.failures,
+            "watch": row.watch,
             "protection": kept,
             "steps": trained.steps,
         }
@@ -111,16 +117,20 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
-    for task in stream:
-        task.encode_prompt(tokenizer, "")  # a prompt that cannot fit is refused now, not after hours
+    for task in (*stream, *stream.watch):
+        task.check(tokenizer)
     if not done:
         method.param_groups(model)  # no module matched: likewise
     write_config(folder, config)
     if done:
         folder.check_model(model, done[-1])
     else:
-        (folder.path / "before.json").unlink(missing_ok=True)  # of an attempt that committed nothing
-    if not done and config.evaluate.unseen:
-        before = evaluate(model, tokenizer, stream, len(stream), config, config.train["bf16"], progress)
-        write_atomic(folder.path / "before.json", json.dumps(before.scores))
+        for name in ("before.json", "watch.json"):
+            (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
+    if not done and (config.evaluate.unseen or stream.watch):
+        before = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else 0, config, config.train["bf16"], progress)
+        if config.evaluate.unseen:
+            write_atomic(folder.path / "before.json", json.dumps(before.scores))
+        if stream.watch:
+            write_atomic(folder.path / "watch.json", json.dumps(before.watch))
     return model, tokenizer, memory

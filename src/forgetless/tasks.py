@@ -147,8 +147,8 @@ class Task:
         for rows in (self.train, self.dev, self.test):
             for example in rows:
                 chat.render(tokenizer, self._messages(example), self._where(example))
-            for example in rows[:1]:
-                self.encode(tokenizer, example)
+            if rows:  # what a template does to earlier turns shows where there are most of them
+                self.encode(tokenizer, max(rows, key=lambda e: len(self._messages(e))))
 
     def _messages(self, example: Example) -> chat.Messages:
         return example.messages or (("user", example.text), ("assistant", example.answer))
