@@ -15,16 +15,23 @@ torch.set_num_threads(1)
 
 WORDS = "red green blue cat dog bird sits runs flies apple stone river happy sad calm Text Answer : yes no maybe good bad colour animal mood N / A".split()
 
+# closes every turn with the end token, as chat models do
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)  # fmt: skip
 
-def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float32, kind: str = "llama"):
-    """A 2-layer model of width 32 with its tokenizer in `path`: llama, qwen3, gpt2 (Conv1D) or t5 (encoder-decoder)."""
+
+def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float32, kind: str = "llama", chat_template: str | None = None):
+    """A 2-layer model of width 32 with its tokenizer in `path`: llama, qwen3, gpt2 (Conv1D) or t5 (encoder-decoder); with a chat template it knows the roles as words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-    vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS])}
+    vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS, *(("system", "user", "assistant") if chat_template else ())])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = chat_template
     torch.manual_seed(seed)
     common = dict(vocab_size=len(vocab), tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1, bos_token_id=None)
     llama = dict(
@@ -44,6 +51,12 @@ def make_model_folder(path, seed: int = 0, tied: bool = False, dtype=torch.float
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     return make_model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory) -> str:
+    """The tiny model with a chat template."""
+    return make_model_folder(tmp_path_factory.mktemp("chatty") / "model", chat_template=CHAT)
 
 
 TASKS = {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TASKS, make_model_folder, write_task
+from conftest import CHAT, TASKS, make_model_folder, write_task
 
 import forgetless.trainer
 from forgetless.config import load_config
@@ -73,6 +73,11 @@ def assert_says(result: tuple[int, str, str], code: int, parts: list[str]) -> No
 GOOD = '{"sentence": "cat red", "label": "red"}\n{"sentence": "dog blue", "label": "blue"}\n{"sentence": "bird green", "label": "green"}\n'
 CAT = '{"sentence": "cat", "label": '
 DATA = ["tasks.0.data=bad.jsonl", "tasks.0.test=null"]
+FREE = "tasks.0={name: a, data: bad.jsonl, format: prompt_completion, "
+TALK = ["tasks.0={name: a, data: bad.jsonl, format: messages}"]
+PAIRS = '{"prompt": "cat", "completion": "red"}\n{"prompt": "dog", "completion": "blue"}\n'
+CSV = ["tasks.0.data=bad.csv", "tasks.0.test=null"]
+WATCH = "watch=[{name: w, data: bad.jsonl}]"
 
 # what is wrong; files to write; overrides; exit status; what the message must contain
 BEFORE = [
@@ -128,6 +133,38 @@ BEFORE = [
     ("prompt with other braces", {}, ["tasks.0.prompt='{sentence} {x}'"], 2, ["tasks.0.prompt", "must contain {sentence}", "{{"]),
     ("prompt of a suite without the text", {}, ["tasks.0={name: a, suite: demo/cities, prompt: 'City:'}"], 2, ["must contain {sentence}"]),
     ("columns the wrong way round", {}, ["tasks.0.columns={text: sentence}"], 2, ["task 'colour'", "columns", "'text'", "sentence, label"]),
+    ("label words of free text", {}, [FREE + "label_words: {red: apple}}"], 2, ["task 'a'", "label_words go with format: classification"]),
+    ("label words of no label", {}, ["tasks.0.label_words={rde: apple}"], 2, ["task 'colour': label_words: 'rde' is not a label", "did you mean 'red'?"]),
+    ("label words that are shared", {}, ["tasks.0.label_words={red: Blue}"], 2, ["label_words: 'red' and 'blue' would share the word 'blue'", "must differ"]),
+    ("label words that YAML read as a truth value", {}, ["tasks.0.label_words={red: yes}"], 2, ["tasks.0.label_words.red", "True", "quotes"]),
+    ("label words of no label in the data", {"bad.jsonl": GOOD}, [*DATA, "tasks.0.labels=null", "tasks.0.label_words={pink: apple}"], 2,
+     ["task 'colour': label_words: 'pink' is not a label", "known: blue, green, red"]),
+    ("a prompt round messages", {}, ["tasks.0={name: a, data: x, format: messages, prompt: '{sentence}'}"], 2, ["task 'a': prompt", "the chat template writes the prompt"]),
+    ("a text limit of messages", {}, ["tasks.0={name: a, data: x, format: messages, max_text_tokens: 9}"], 2, ["task 'a': max_text_tokens", "messages"]),
+    ("columns of messages", {}, ["tasks.0={name: a, data: x, format: messages, columns: {prompt: x}}"], 2, ["'prompt'", "format messages renames messages"]),
+    ("format of a suite", {}, ["tasks.0={name: a, suite: demo/cities, format: messages}"], 2, ["task 'a'", "format goes with data", "Take it out"]),
+    ("unknown format", {}, ["tasks.0.format=chat"], 2, ["tasks.0.format", "'classification', 'prompt_completion' or 'messages'"]),
+    # metrics
+    ("unknown metric", {}, ["tasks.0.metric=exact"], 2, ["tasks.0.metric: there is no metric 'exact'", "did you mean 'exact_match'?"]),
+    ("choice without labels", {}, [FREE + "metric: choice}"], 2, ["task 'a': metric: choice is among labels", "format: prompt_completion has none", "rouge_l"]),
+    ("choice of messages", {}, ["tasks.0={name: a, data: x, format: messages, metric: choice}"], 2, ["task 'a': metric: choice", "format: messages has none"]),
+    ("a metric that cannot be imported", {}, ["tasks.0.metric=no_module_here:score"], 2,
+     ["task 'colour': metric no_module_here:score: cannot be imported", "working directory", "ModuleNotFoundError"]),
+    ("a metric that is no function of its module", {"mine.py": "def score(p, a): return 1"}, ["tasks.0.metric=mine:scor"], 2,
+     ["module mine has no function scor", "did you mean 'score'?"]),
+    ("a metric that is no share", {"mine2.py": "def score(p, a): return 87"}, ["tasks.0.metric=mine2:score"], 2, ["mine2:score returned 87", "a number from 0 to 1"]),
+    ("a metric that raises", {"mine3.py": "def score(p, a): return p['x']"}, ["tasks.0.metric=mine3:score"], 2, ["mine3:score raised TypeError", "on prediction"]),
+    ("an answer ROUGE-L cannot read", {"bad.jsonl": PAIRS + '{"prompt": "bird", "completion": "红"}\n'}, [FREE + "test: bad.jsonl, metric: rouge_l}"], 4,
+     ["task 'a': metric rouge_l: bad.jsonl, line 3", "a-z and 0-9 only", "exact_match or nll"]),
+    ("no token to generate", {}, ["tasks.0.max_new_tokens=0"], 2, ["tasks.0.max_new_tokens", "greater than or equal to 1"]),
+    # watch
+    ("unknown key of a watch set", {}, ["watch=[{name: w, dta: x}]"], 2, ["unknown key 'watch.0.dta'", "did you mean 'data'?"]),
+    ("watch as a section", {}, ["watch={name: w, data: x}"], 2, ["watch", "list"]),
+    ("a watch set named as a task", {"bad.jsonl": GOOD}, ["watch=[{name: Colour, data: bad.jsonl}]"], 2, ["watch 0 is named 'Colour'", "names must differ"]),
+    ("two watch sets of one name", {}, ["watch=[{name: w, data: x}, {name: W, data: x}]"], 2, ["watch 1 is named 'W'", "names must differ"]),
+    ("a limit of a watch set", {}, ["watch=[{name: w, data: x, limit: 3}]"], 2, ["watch 0 ('w'): limit counts training rows", "evaluate.limit"]),
+    ("watch data missing", {}, [WATCH], 4, ["task 'w'", "no such data file: bad.jsonl"]),
+    ("a bad row of a watch set", {"bad.jsonl": GOOD + "{oops\n"}, [WATCH], 4, ["bad.jsonl, line 4", "not valid JSON"]),
     ("labels of free text", {}, ["tasks.0.format=prompt_completion"], 2, ["task 'colour'", "labels", "classification"]),
     # data
     ("data file missing", {}, ["tasks.0.data=nowhere.jsonl"], 4, ["task 'colour'", "no such data file: nowhere.jsonl"]),
@@ -158,6 +195,32 @@ BEFORE = [
     ("a single label", {"bad.jsonl": GOOD.replace("blue", "red").replace("green", "red")}, [*DATA, "tasks.0.labels=null"], 4,
      ["task 'colour'", "bad.jsonl", "single label ['red']", "prompt_completion"]),
     ("one label twice", {"bad.jsonl": GOOD}, [*DATA, "tasks.0.labels=[red, red]"], 2, ["task 'colour'", "labels", "twice"]),
+    # csv and parquet
+    ("an empty table", {"bad.csv": ""}, CSV, 4, ["bad.csv", "no rows"]),
+    ("a table of a header", {"bad.csv": "sentence,label\n\n"}, CSV, 4, ["bad.csv", "no rows"]),
+    ("a table in another encoding", {"bad.csv": "sentence,label\ncat,gr\xfcn\n".encode("latin-1")}, CSV, 4, ["bad.csv, line 2", "UTF-8", "save the file as UTF-8"]),
+    ("a table in UTF-16", {"bad.csv": "sentence,label\ncat,red\n".encode("utf-16")}, CSV, 4, ["bad.csv, line 1", "save the file as UTF-8"]),
+    ("a field too many", {"bad.csv": "sentence,label\ncat,red\ndog, big,blue\n"}, CSV, 4, ["bad.csv, line 3: 3 fields, where the header names 2", "double quotes"]),
+    ("a field too few", {"bad.csv": 'sentence,label\n"a\ncat",red\ndog\n'}, CSV, 4, ["bad.csv, line 4: 1 fields"]),
+    ("a quote that does not end", {"bad.csv": 'sentence,label\ncat,red\n"dog,blue\n'}, CSV, 4, ["bad.csv, line 3: not valid CSV"]),
+    ("semicolons", {"bad.csv": "sentence;label\ncat;red\n"}, CSV, 4, ["bad.csv, line 1", "separated by ';'", "commas"]),
+    ("two columns of one name", {"bad.csv": "sentence,label,label\ncat,red,red\n"}, CSV, 4, ["bad.csv, line 1: two columns are named 'label'"]),
+    ("a table without the column", {"bad.csv": "text,label\ncat,red\n"}, CSV, 4, ["bad.csv, line 2: no 'sentence'", "columns: {sentence: ...}"]),
+    ("an empty cell", {"bad.csv": "sentence,label\ncat,red\ndog,\n"}, CSV, 4, ["bad.csv, line 3: 'label' is ''", "not empty"]),
+    ("a label of a table outside the set", {"bad.csv": "sentence,label\ncat,red\n\ndog,gren\n"}, CSV, 4, ["bad.csv, line 4: label 'gren'", "did you mean 'green'?"]),
+    ("no parquet", {"bad.parquet": "PAR0"}, ["tasks.0.data=bad.parquet"], 4, ["bad.parquet: not a parquet file"]),
+    ("a parquet file cut short", {"bad.parquet": b"PAR1" + bytes(40)}, ["tasks.0.data=bad.parquet"], 4, ["bad.parquet: not a parquet file"]),
+    ("a folder", {}, ["tasks.0.data=data"], 4, ["data is a folder", "hub:data"]),
+    ("a hub name that is none", {}, ["tasks.0.data='hub:'"], 2, ["tasks.0.data", "'hub:'", "write hub:OWNER/NAME"]),
+    ("a hub name with too many parts", {}, ["tasks.0.data='hub:a/b:c:d:e'"], 2, ["tasks.0.data", "hub:OWNER/NAME:CONFIG:SPLIT"]),
+    ("a folder that holds no dataset", {}, ["tasks.0.data='hub:./nowhere'"], 4, ["task 'colour': hub:./nowhere, split train: cannot be loaded"]),
+    # conversations
+    ("messages that are text", {"bad.jsonl": '{"messages": "cat"}\n'}, TALK, 4, ["bad.jsonl, line 1: 'messages' is 'cat'", "a list of {'role'"]),
+    ("messages without the column", {"bad.jsonl": '{"conversations": []}\n'}, TALK, 4, ["bad.jsonl, line 1: no 'messages'", "columns: {messages: ...}"]),
+    ("a message in another form", {"bad.jsonl": '\n{"messages": [{"from": "human", "value": "x"}]}\n'}, TALK, 4, ["bad.jsonl, line 2, message 1: no 'role'", "known: from, value"]),
+    ("a role that is none", {"bad.jsonl": '{"messages": [{"role": "bot", "content": "x"}]}\n'}, TALK, 4, ["message 1: 'role' is 'bot'", "system, user, assistant"]),
+    ("an empty turn", {"bad.jsonl": '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}\n'}, TALK, 4, ["message 2: 'content' is ''"]),
+    ("nobody answers", {"bad.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n'}, TALK, 4, ["bad.jsonl, line 1: no message is the assistant's"]),
     ("too few rows for a test", {"bad.jsonl": '{"prompt": "cat", "completion": "red"}\n'}, ["tasks.0={name: a, data: bad.jsonl, format: prompt_completion}"], 4,
      ["task 'a'", "no test rows", "test file"]),
     ("no dev rows to score", {"bad.jsonl": GOOD}, [*DATA, "evaluate.split=dev"], 2, ["evaluate.split", "task 'colour' has no dev rows"]),
@@ -311,6 +374,31 @@ def test_a_model_that_cannot_be_used(here, forgetless_, damage, parts):
         forgetless_("run", "first.yaml", f"model={Path('model').resolve()}", "--progress", "none"), 4, [f"model '{Path('model').resolve()}'", *parts]
     )
     assert not Path("run").exists() and not Path("model/ran").exists()
+
+
+TALKS = [{"messages": [{"role": "user", "content": f"cat {w}"}, {"role": "assistant", "content": w}]} for w in ("red", "blue", "green")]
+
+
+@pytest.mark.parametrize(
+    ("template", "parts"),
+    [
+        pytest.param(None, ["format: messages needs a chat template", "this model's tokenizer has none"], id="none"),
+        pytest.param("{{ raise_exception('no') if messages|length > 2 else '' }}" + CHAT, ["task 'talk': talk.jsonl, line 4", "TemplateError: no"], id="refuses a row"),
+        pytest.param(CHAT.replace(" <eos>", ""), ["task 'talk': talk.jsonl, line", "closes an assistant turn with no special token"], id="closes no turn"),
+        pytest.param("{{ 'bad' if messages|length > 2 and not add_generation_prompt else '' }}" + CHAT,
+                     ["task 'talk': talk.jsonl, line", "differently once more follows", "{% generation %}"], id="rewrites"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["tasks", "watch"])
+def test_a_chat_template_that_cannot_be_used(here, forgetless_, template, parts, where):
+    """Found before the first step, in every row, of what is trained and of what is only watched."""
+    last = {"messages": [*TALKS[0]["messages"], *TALKS[1]["messages"]]}
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*TALKS, last]))
+    model = make_model_folder(Path("model").resolve(), chat_template=template)
+    entry = {"name": "talk", "data": "talk.jsonl", "test": "talk.jsonl", "format": "messages"}
+    Path("first.yaml").write_text(yaml.safe_dump(here | {"model": model, where: [entry]}))
+    assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 4, parts)
+    assert not Path("run").exists()
 
 
 def test_a_bundled_model_that_is_none(here, forgetless_):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from forgetless.errors import DataError
+from forgetless.evaluation.matrix import wilson
 from forgetless.report import loss_chart, nice_ceiling, percent, running_mean, thinned, write_report
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -450,3 +451,49 @@ def test_narrow_tasks_show_their_number() -> None:
 def test_no_torch_needed() -> None:
     code = "import sys, forgetless.report; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- watch sets, and metrics of the tasks' own
+
+
+def test_watch_sets_are_a_table_with_intervals(tmp_path: Path) -> None:
+    watch = {"general": {"metric": [0.625, 0.612, 0.6, 0.581], "exact_match": [0.5, None, 0.4, 0.375]}}
+    n = dict.fromkeys(("cities", "tickets", "mood"), 200) | {"general": 80}
+    run = make_run(tmp_path / "first", watch=watch, n=n, metric_of={"general": "nll"})
+    _, page = report(run)
+    assert "Watched, never trained" in page.text and "general, nll n = 80" in page.text and "general, exact match n = 80" in page.text
+    for shown in ("62.5", "58.1", "37.5"):
+        assert shown in page.text, shown
+    low, high = wilson(0.581, 80)
+    assert any(
+        cell.get("title") == f"general, nll: 58.1 %, n = 80, 95 % interval {100 * low:.1f} to {100 * high:.1f} %" for cell in page.all("td")
+    )  # fmt: skip
+    assert len(page.all("table")) == 10 and "3 × 200" in page.text, "the summary counts the tasks' rows only"
+
+
+def test_no_watch_sets_no_table(tmp_path: Path) -> None:
+    assert "Watched" not in report(make_run(tmp_path / "first"))[1].text
+
+
+def test_each_tasks_own_metric_stands_first_and_is_named(tmp_path: Path) -> None:
+    scores = {"metric": [[0.111, None, None], [0.222, 0.333, None], [0.123, 0.456, 0.789]], **matrix()["scores"]}
+    metrics = {"metric": {"average_accuracy": 0.4567}, **matrix()["metrics"]}
+    kinds = {"cities": "choice", "tickets": "rouge_l", "mood": "exact_match", "general": "nll"}
+    one, other = make_run(tmp_path / "one", scores=scores, metrics=metrics, metric_of=kinds), make_run(tmp_path / "other")
+    html, page = report(one)
+    assert html.index("Each task&#39;s metric") < html.index(">Choice<") and "45.7" in page.text and "78.9" in page.text
+    assert "Each task's metric: cities: choice, tickets: rouge_l, mood: exact_match." in page.text
+    both = report(one, other)[1].text
+    assert both.count("cities: choice") == 1 and "45.7" in both
+    assert "Each task's metric" not in report(other)[1].text
+
+
+@pytest.mark.parametrize("watch", [{"general": 3}, {"general": {"choice": 0.5}}, {"general": ["choice"]}])
+def test_a_watch_part_that_is_none_is_malformed(tmp_path: Path, watch: Any) -> None:
+    with pytest.raises(DataError, match="not an accuracy matrix"):
+        report(make_run(tmp_path / "first", watch=watch))
+
+
+def test_the_name_of_a_watch_set_stays_text(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path / "first", watch={EVIL: {"metric": [0.5]}}, metric_of={"cities": EVIL}))
+    assert "<script>" not in html and f"{EVIL}, metric" in page.text

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from forgetless.batches import Collate, answer_loss
 from forgetless.config import TaskConfig
 from forgetless.errors import DataError
-from forgetless.tasks import Example, Task, carve, load_task, read_rows, sample
+from forgetless.tasks import Example, Task, TaskStream, carve, load_task, read_rows, sample
 
 ROWS = [{"sentence": f"cat red {i}", "label": ["red", "blue"][i % 2]} for i in range(200)]
 
@@ -126,3 +126,26 @@ def test_left_padding_and_positions_do_not_change_the_loss(tiny, tokenizer):
         singles.append(float(out.loss.detach()))
     assert float(loss) == pytest.approx(sum(singles) / 3, rel=1e-5)
     assert float(answer_loss(model, batch, num_items=12)[0]) == pytest.approx(sum(singles) * 2 / 12, rel=1e-5)
+
+
+def test_dev_texts_that_are_trained_are_counted_too_and_a_limit_counts(tmp_path):
+    train, dev = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [{"sentence": f" CAT  red {i}", "label": "red"} for i in range(50)])
+    task = load_task(TaskConfig(name="t", data=train, dev=dev))
+    trained = {e.text for e in task.train}
+    assert task.overlap == 0 and task.overlap_dev == sum(f"cat red {i}" in trained for i in range(50)) > 30
+    few = load_task(TaskConfig(name="t", data=train, test=train, limit=10))
+    assert few.overlap == 10 and load_task(TaskConfig(name="t", data=train, test=train)).overlap > 100
+    said = list(TaskStream([task, few]).warnings())
+    assert said == [
+        f"task 't': {task.overlap_dev} dev texts also stand in its training rows", "task 't': 10 test texts also stand in its training rows"
+    ]  # fmt: skip
+
+
+def test_a_watch_set_is_all_of_its_data_unless_it_says_otherwise(tmp_path):
+    data, test = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", ROWS[:20])
+    whole = load_task(TaskConfig(name="w", data=data), watch=True)
+    assert (len(whole.train), len(whole.dev), len(whole.test), whole.overlap) == (0, 200, 200, 0)
+    some = load_task(TaskConfig(name="w", data=data, test=test), watch=True)
+    assert (len(some.train), len(some.dev), len(some.test)) == (0, 200, 20) and some.labels == ["blue", "red"]
+    stream = TaskStream([load_task(TaskConfig(name="t", data=data))], [some])
+    assert list(stream.warnings()) == [f"watch 'w': {len(stream[0].train)} of its texts also stand in the training rows of task 't'"]

@@ -78,17 +78,15 @@ def _takes(kind: type, argument: str) -> bool:
     return argument in inspect.signature(kind.forward).parameters
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Does this model's forward know the argument? (Not every architecture has position_ids or logits_to_keep.)"""
-    return _takes(type(unwrapped(model)), argument)
+def known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """The arguments that this model's forward knows: not every architecture has position_ids or logits_to_keep."""
+    return {key: value for key, value in arguments.items() if _takes(type(unwrapped(model)), key)}
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0) -> Any:
     """The model's output for a batch of Collate; logits of the last `logits_to_keep` positions only where the model can (0: of all)."""
-    inputs = {k: v for k, v in batch.items() if k != "labels" and accepts(model, k)}
-    if logits_to_keep and accepts(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = logits_to_keep
-    return model(**inputs, use_cache=False)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return model(**known(model, **inputs, logits_to_keep=logits_to_keep), use_cache=False)
 
 
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:

@@ -45,7 +45,7 @@ def run(
     from .distributed import launched_rank
     from .loop import run as learn
     from .report import write_report
-    from .report.terminal import print_matrix
+    from .report.terminal import print_matrix, print_watch
 
     shown = kinds[progress if launched_rank() == 0 else "none"]()
     try:
@@ -62,6 +62,8 @@ def run(
         print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
     for scorer, matrix in result.matrices.items():
         print_matrix(matrix, scorer, settings.method.name)
+    if result.watch:
+        print_watch(result.watch, settings.tasks[-1].name)
     print(f"model   {result.path / 'model'}\nreport  {report}")
 
 

@@ -29,7 +29,11 @@ LEAST = {
     "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "num_train_epochs": 0.0,
     "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
 }  # fmt: skip
-COLUMNS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion")}  # what a row of each format has
+# what a row of each format has
+COLUMNS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
+HUB = r"hub:([^:@]+)(?:@([^:]+))?" + r"(?::([^:\[]+(?:\[[^\]]*\])?))?" * 2  # name, revision, then [config and] split, which may be a slice
+METRICS = ("choice", "exact_match", "rouge_l", "nll")
+FUNCTION = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"  # module:function
 
 
 class _Model(BaseModel):
@@ -44,13 +48,15 @@ class TaskConfig(_Model):
     """A task of a suite that comes with forgetless, e.g. demo/cities."""
     suite_options: dict[str, Any] = Field(default_factory=dict)
     data: str | None = None
-    """Training rows: .jsonl, .json or .json.gz."""
+    """Training rows: .jsonl, .json, .csv (each also as .gz), .parquet, or hub:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]."""
     test: str | None = None
     """Test rows; without it 10 % of `data`, chosen by hash of the text."""
     dev: str | None = None
     """Rows for choosing settings; without it 10 % of the training rows, by another hash."""
-    format: Literal["classification", "prompt_completion"] = "classification"
+    format: Literal["classification", "prompt_completion", "messages"] = "classification"
     labels: list[str] | None = None
+    label_words: dict[str, str] | None = None
+    """{very negative: terrible}: what the model says, and is scored on, in place of a label."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: {sentence: text} reads the column `text` as the sentence."""
     prompt: str | None = None
@@ -59,6 +65,10 @@ class TaskConfig(_Model):
     max_prompt_tokens: int = Field(512, ge=8)
     limit: int | None = Field(None, ge=1)
     """Use at most this many training rows, the same ones every time."""
+    metric: str | None = None
+    """How well an answer is scored: choice, exact_match, rouge_l, nll, or module:function, a function (prediction, answer) -> float from 0 to 1."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest generated answer; without it the longest answer of the scored rows and one token more."""
 
     @field_validator("name")
     @classmethod
@@ -79,6 +89,22 @@ class TaskConfig(_Model):
             raise ValueError(f"prompt {prompt!r} must contain {{sentence}} and no other braces (write {{{{ for a literal one)") from None
         return prompt
 
+    @field_validator("data", "test", "dev")
+    @classmethod
+    def _a_source(cls, source: str | None) -> str | None:
+        if source is not None and source.startswith("hub:") and not re.fullmatch(HUB, source):
+            raise ValueError(
+                f"{source!r}: write hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT, with @REVISION after NAME if wanted"
+            )
+        return source
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str | None) -> str | None:
+        if metric is not None and metric not in METRICS and not re.fullmatch(FUNCTION, metric):
+            raise ValueError(f"there is no metric {metric!r}{nearest(metric, [*METRICS, 'module:function'])}")
+        return metric
+
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
         if (self.suite is None) == (self.data is None):
@@ -92,17 +118,47 @@ class TaskConfig(_Model):
             for key in ("test", "dev", "labels", "columns"):
                 if getattr(self, key):
                     raise ValueError(f"task '{self.name}': {key} goes with data; a suite brings its own. Take it out")
+            if self.format != "classification":
+                raise ValueError(f"task '{self.name}': format goes with data; a suite brings its own. Take it out")
         known = COLUMNS[self.format]
         for column in self.columns:
             if column not in known:
                 raise ValueError(
                     f"task '{self.name}': columns has no use for {column!r}; format {self.format} renames {', '.join(known)}, as in {{{known[0]}: text}}"
                 )
-        if self.labels is not None and self.format != "classification":
-            raise ValueError(f"task '{self.name}': labels go with format: classification, this one is {self.format}")
+        for key in ("labels", "label_words"):
+            if getattr(self, key) is not None and self.format != "classification":
+                raise ValueError(f"task '{self.name}': {key} go with format: classification, this one is {self.format}")
+        for key in ("prompt", "max_text_tokens"):
+            if getattr(self, key) is not None and self.format == "messages":
+                raise ValueError(
+                    f"task '{self.name}': {key} has no use with format: messages, where the chat template writes the prompt. Take it out"
+                )
+        if self.metric == "choice" and self.format != "classification":
+            raise ValueError(
+                f"task '{self.name}': metric: choice is among labels, and format: {self.format} has none; use exact_match, rouge_l or nll"
+            )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError(f"task '{self.name}': labels names {max(self.labels, key=self.labels.count)!r} twice")
+        if self.labels is not None:
+            self.words(self.labels)
         return self
+
+    def words(self, labels: list[str]) -> list[str]:
+        """What the model says for each of `labels`. Raises ValueError where label_words names another label, or two labels would share a word."""
+        if self.label_words is None:
+            return list(labels)
+        for label, word in self.label_words.items():
+            if label not in labels:
+                raise ValueError(f"task '{self.name}': label_words: {label!r} is not a label{nearest(label, labels)}")
+            if not word.strip():
+                raise ValueError(f"task '{self.name}': label_words: the word for {label!r} is empty")
+        words = [self.label_words.get(label, label).strip() for label in labels]
+        seen: dict[str, str] = {}
+        for label, word in zip(labels, words, strict=True):
+            if (other := seen.setdefault(word.casefold(), label)) != label:
+                raise ValueError(f"task '{self.name}': label_words: {other!r} and {label!r} would share the word {word!r}; words must differ")
+        return words
 
 
 class MethodConfig(BaseModel):
@@ -130,6 +186,8 @@ class RunConfig(_Model):
     model: str = Field(min_length=1)
     trust_remote_code: bool = False
     tasks: list[TaskConfig] = Field(min_length=1)
+    watch: list[TaskConfig] = Field(default_factory=list)
+    """Skills the model already has: measured before the first task and after each, never trained."""
     method: MethodConfig
     train: dict[str, Any] = Field(default_factory=dict)
     """Passed to transformers.TrainingArguments under its own names."""
@@ -184,7 +242,21 @@ class RunConfig(_Model):
             if task.name.lower() in seen:  # lower: some file systems do not tell A from a
                 raise ValueError(f"tasks {seen[task.name.lower()]} and {i} are both named '{task.name}'; names must differ")
             seen[task.name.lower()] = i
+        for i, task in enumerate(self.watch):
+            if task.name.lower() in seen:
+                raise ValueError(f"watch {i} is named '{task.name}', as another entry of tasks or watch is; names must differ")
+            if task.limit is not None:
+                raise ValueError(
+                    f"watch {i} ('{task.name}'): limit counts training rows, and a watch set has none; evaluate.limit counts scored rows"
+                )
+            seen[task.name.lower()] = i
         return self
+
+    @property
+    def scorers(self) -> list[str]:
+        """What every row is scored by: evaluate.scorers, and first `metric`, each task's own, where any task or watch set names one."""
+        own = any(task.metric for task in [*self.tasks, *self.watch])
+        return ["metric", *self.evaluate.scorers] if own else list(self.evaluate.scorers)
 
 
 def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -256,7 +328,7 @@ def _explain(error: dict) -> str:
         known: Any = RunConfig
         for part in error["loc"][:-1]:
             if isinstance(part, str) and isinstance(known, type):
-                known = {"tasks": TaskConfig, "evaluate": EvaluateConfig, "method": MethodConfig}.get(part, known)
+                known = {"tasks": TaskConfig, "watch": TaskConfig, "evaluate": EvaluateConfig, "method": MethodConfig}.get(part, known)
         return f"unknown key '{key}'{nearest(str(error['loc'][-1]), known.model_fields)}"
     if error["type"] == "missing":
         return f"'{key}' is missing; forgetless init writes a config to start from"

@@ -74,6 +74,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
             "adamw_state_same_tensors": 8 * trained,
         },
         "tasks": tasks,
+        "watch": [{"name": watched.name, "rows": len(watched.split(config.evaluate.split))} for watched in stream.watch],
     }  # fmt: skip
 
 
@@ -93,3 +94,5 @@ def show(found: dict[str, Any]) -> None:
         kind = f"{len(task['labels'])} labels" if task["labels"] else "free text"
         rows = f"{r['train']} train, {r['dev']} dev, {r['test']} test rows"
         print(f"task    {task['name']}: {rows}, {kind}, {task['tokens_median']} tokens a row (median), {task['tokens_max']} at most")
+    for watched in found["watch"]:
+        print(f"watch   {watched['name']}: {watched['rows']} rows, never trained")

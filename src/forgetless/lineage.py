@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, DataError
 from .methods.base import Memory
 
-FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "current", "model", "before.json", ".lock"}
+FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "current", "model", "before.json", "watch.json", ".lock"}
 TRAINING = ".training"  # tasks/.NN-name.training: checkpoints of the task in progress
 # a crash may leave one of these half-written; they are ours too
 TEMPORARY = {f".{name}.tmp" for name in FILES} | {".model"}

@@ -36,6 +36,7 @@ from .record import (
     protection,
     resolve,
     stored,
+    watched,
     write_config,
     write_matrix,
 )
@@ -45,11 +46,15 @@ from .trainer import train_task, training_arguments
 
 @dataclass
 class Result:
-    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first that has values (choice, as a rule) in `matrix`."""
+    """What a run leaves: the folder in `path`, an AccuracyMatrix for each scorer in `matrices`, the first that has values in `matrix`.
+
+    The first is `metric` where a task names one, else choice as a rule.
+    """
 
     path: Path
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
     resumed_at: int = 0  # tasks that were committed before this call
+    watch: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # name, scorer: before the first task, after each
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -63,13 +68,12 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     stream = load_stream(config)
-    for task in stream:
-        if task.overlap:
-            progress.say(f"warning: task '{task.name}': {task.overlap} test texts also stand in its training rows")
+    for warning in stream.warnings():
+        progress.say(f"warning: {warning}")
     with opened(config, stream) as (folder, done):
         if len(done) < len(stream):
             learn(folder, config, stream, method, done, progress)
-        return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done))
+        return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done), watched(folder, stream))
 
 
 def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
@@ -108,12 +112,15 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
 
         # commit: after this line the task is learned, whatever happens
         entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": row.scores}
+        if stream.watch:
+            entry |= {"watch": row.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
         metrics = {
             "task": task.name,
             "index": index,
             "scores": row.scores,
             "n": row.n,
             "failures": row.failures,
+            "watch": row.watch,
             "protection": kept,
             "steps": trained.steps,
         }
@@ -157,8 +164,8 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
-    for task in stream:
-        task.encode_prompt(tokenizer, "")  # a prompt that cannot fit is refused now, not after hours
+    for task in (*stream, *stream.watch):
+        task.check(tokenizer)
     if not done:
         method.check(model)  # no module matched: likewise
     if distributed.is_main():
@@ -166,9 +173,12 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if done:
         folder.check_model(model, done[-1])
     elif distributed.is_main():
-        (folder.path / "before.json").unlink(missing_ok=True)  # of an attempt that committed nothing
-    if not done and config.evaluate.unseen:
-        before = evaluate(model, tokenizer, stream, len(stream), config, config.train["bf16"], progress)
-        if distributed.is_main():
+        for name in ("before.json", "watch.json"):
+            (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
+    if not done and (config.evaluate.unseen or stream.watch):
+        before = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else 0, config, config.train["bf16"], progress)
+        if config.evaluate.unseen and distributed.is_main():
             write_atomic(folder.path / "before.json", json.dumps(before.scores))
+        if stream.watch and distributed.is_main():
+            write_atomic(folder.path / "watch.json", json.dumps(before.watch))
     return model, tokenizer, memory

@@ -27,12 +27,13 @@ from .trainer import DEFAULTS
 
 @dataclass
 class Row:
-    """One row of the matrix: scores[scorer][j], rows scored and failure shares by task name, and each prediction."""
+    """One row of the matrix: scores[scorer][j], rows scored and failure shares by task name, each prediction; watch[name][scorer] of the watch sets."""
 
     scores: dict[str, list[float | None]]
     n: dict[str, int] = field(default_factory=dict)
     failures: dict[str, dict[str, float]] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
+    watch: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The first scorer's scores, for one line of progress."""
@@ -41,25 +42,31 @@ class Row:
 
 
 def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig, autocast: bool, progress: Progress) -> Row:
-    """Score the first `tasks` tasks of the stream, the same seeded rows every time; several processes share the rows."""
-    e = config.evaluate
-    row = Row({name: [None] * len(stream) for name in e.scorers})
-    chosen = [sample(task.split(e.split), e.limit, config.seed) for task in stream.tasks[:tasks]]
-    progress.stage(f"{stream[tasks - 1].name}: scoring {tasks} task{'s' if tasks > 1 else ''}", sum(map(len, chosen)))
-    for j, rows in enumerate(chosen):
-        scored = len(row.predictions)
+    """Score the first `tasks` tasks of the stream and every watch set, the same seeded rows every time; several processes share the rows."""
+    e, scorers = config.evaluate, config.scorers
+    row = Row({name: [None] * len(stream) for name in scorers})
+    scored = [*stream.tasks[:tasks], *stream.watch]
+    chosen = [sample(task.split(e.split), e.limit, config.seed) for task in scored]
+    counted = [f"{tasks} task{'s' if tasks > 1 else ''}"] * (tasks > 0) + [f"{len(stream.watch)} watched"] * bool(stream.watch)
+    progress.stage(f"{stream[tasks - 1].name if tasks else 'before'}: scoring {' and '.join(counted)}", sum(map(len, chosen)))
+    for j, (task, rows) in enumerate(zip(scored, chosen, strict=True)):
+        before = len(row.predictions)
         mine = distributed.shared(range(len(rows)))
         predictions = score_rows(
-            model, tokenizer, stream[j], [rows[i] for i in mine], e.scorers, batch_size=e.batch_size, autocast=autocast,
-            advance=lambda k, before=scored: progress.advance(before + k * distributed.world_size()),
+            model, tokenizer, task, [rows[i] for i in mine], scorers, batch_size=e.batch_size, autocast=autocast,
+            advance=lambda k, before=before: progress.advance(before + k * distributed.world_size()),
         )  # fmt: skip
         predictions = [p for _, p in sorted(distributed.gathered(list(zip(mine, predictions, strict=True))), key=lambda pair: pair[0])]
-        for name in e.scorers:
-            values = [p.score(name) for p in predictions]
-            row.scores[name][j] = None if None in values else sum(values) / len(values)
-        row.n[stream[j].name] = len(rows)
-        row.failures[stream[j].name] = failures(predictions, stream[j], stream.tasks)
+        values = {name: [p.score(name) for p in predictions] for name in scorers}
+        means = {name: None if None in v else sum(v) / len(v) for name, v in values.items()}
+        row.n[task.name] = len(rows)
         row.predictions += predictions
+        if j < tasks:
+            for name, mean in means.items():
+                row.scores[name][j] = mean
+            row.failures[task.name] = failures(predictions, task, stream.tasks)
+        else:
+            row.watch[task.name] = {name: mean for name, mean in means.items() if mean is not None}
     return row
 
 
@@ -82,7 +89,7 @@ def stored(predictions: list[Prediction], config: RunConfig) -> list[dict[str, A
     """Predictions as the privacy mode allows them: words only under store: rows."""
     lines = []
     for p in predictions:
-        line: dict[str, Any] = {"row": p.row, "task": p.task, "score": {name: p.score(name) for name in config.evaluate.scorers}}
+        line: dict[str, Any] = {"row": p.row, "task": p.task, "score": {name: p.score(name) for name in config.scorers}}
         if config.store == "rows":
             line |= {"answer": p.answer, "prediction": {"choice": p.choice, "calibrated": p.calibrated, "exact_match": p.text}}
         lines.append(line)
@@ -93,14 +100,21 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
     """matrix.json from the committed tasks, and the matrices themselves by scorer."""
     names, width = [t.name for t in stream], len(stream)
     done = [folder.metrics(name) for name in folder.committed()]
-    before = json.loads((folder.path / "before.json").read_text()) if (folder.path / "before.json").is_file() else None
+    before = _read_json(folder, "before.json")
 
-    def padded(row: list[float | None]) -> list[float | None]:
-        return (row + [None] * width)[:width]  # tasks may have joined the stream since
+    def padded(scores: dict[str, list[float | None]], scorer: str) -> list[float | None]:
+        rows = {name: (row + [None] * width)[:width] for name, row in scores.items()}  # tasks may have joined the stream since
+        if scorer == "metric" and scorer not in rows:  # nor did any task name a metric then: each one's was one of the other scores
+            rows[scorer] = [rows.get(task.own_metric, [None] * width)[j] for j, task in enumerate(stream)]
+        return rows[scorer]
 
     matrices = {
-        scorer: AccuracyMatrix(names, [padded(r["scores"][scorer]) for r in done], padded(before[scorer]) if before and scorer in before else None)
-        for scorer in config.evaluate.scorers
+        scorer: AccuracyMatrix(
+            names,
+            [padded(r["scores"], scorer) for r in done],
+            padded(before, scorer) if before and (scorer in before or scorer == "metric") else None,
+        )
+        for scorer in config.scorers
     }
     n = {k: v for r in done for k, v in r["n"].items()}
     content = {
@@ -111,16 +125,37 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
         "ci95": {s: [[None if a is None else wilson(a, n[names[j]]) for j, a in enumerate(row)] for row in m.rows] for s, m in matrices.items()},
         "metrics": {s: m.metrics() for s, m in matrices.items()},
         "failures": {key: [[r["failures"].get(t, {}).get(key) for t in names] for r in done] for key in ("other_task_label", "wrong_in_set")},
+        "watch": watched(folder, stream),
     }
+    if "metric" in matrices:
+        content["metric_of"] = {task.name: task.own_metric for task in (*stream, *stream.watch)}
     write_atomic(folder.path / "matrix.json", json.dumps(content, indent=1))
     return matrices
+
+
+def watched(folder: RunFolder, stream: TaskStream) -> dict[str, dict[str, list[float | None]]]:
+    """{name: {scorer: [before the first task, after each]}} of the watch sets."""
+    rows = [_read_json(folder, "watch.json"), *(folder.metrics(name)["watch"] for name in folder.committed())] if stream.watch else []
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for task in stream.watch:
+        values = [(row or {}).get(task.name, {}) for row in rows]
+        found[task.name] = {scorer: [v.get(scorer) for v in values] for scorer in dict.fromkeys(s for v in values for s in v)}
+    return found
+
+
+def _read_json(folder: RunFolder, name: str) -> Any:
+    file = folder.path / name
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 # -- is this the same run? -------------------------------------------------------------------------------------------------------------
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """What must not change between two starts of one run: everything but where it lies, what is kept, how often, and which tasks are still to come."""
+    """What must not change between two starts of one run: everything but where it lies, what is kept, how often, and which tasks are still to come.
+
+    Of the watch sets this is the config; their rows are in the lineage, as those of the tasks are.
+    """
     return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every")}
 
 
@@ -150,14 +185,25 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
         raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
     for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):
         if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256:
-            what = "is missing" if task is None else "has another name" if line["task"] != task.name else "has other data or another prompt"
+            changed = "has other data or another prompt, metric or answer length"
+            what = "is missing" if task is None else "has another name" if line["task"] != task.name else changed
             place = f"tasks.{line['index']} ('{line['task']}', already learned)"
             raise ConfigError(f"output_dir {folder.path}: {place} {what}; only tasks after the learned ones may change")
+    known = folder.lineage()[0].get("watch_sha256", {})
+    for watched in stream.watch:
+        if known.get(watched.name) != watched.sha256:
+            raise ConfigError(
+                f"output_dir {folder.path}: watch '{watched.name}' has other rows than when the run began, so its scores could not be compared; "
+                "bring the old rows back, or choose another output_dir"
+            )
     return done
 
 
 def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) where two nested mappings differ."""
+    """(dotted key, value in a, value in b) where two nested mappings differ; of two lists of watch sets the names, where those differ."""
+    if all(isinstance(x, list) and all(isinstance(entry, dict) for entry in x) for x in (a, b)):
+        names = [[entry.get("name") for entry in x] for x in (a, b)]
+        a, b = names if names[0] != names[1] else ({str(i): entry for i, entry in enumerate(x)} for x in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for k in {**a, **b} for d in differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
     return [] if a == b else [(key, a, b)]

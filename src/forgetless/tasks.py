@@ -1,23 +1,22 @@
-"""Tasks: from files or a suite to prompts and answers, with train, dev and test kept apart.
+"""Tasks: from files, the hub or a suite to prompts and answers, with train, dev and test kept apart.
 
-Formats: .jsonl, .json, .json.gz. classification: {"sentence", "label"}; prompt_completion: {"prompt", "completion"} ("answer" is read too). The model is trained on
-the answer tokens and the end token only; truncation shortens the text, never the answer.
+classification: {"sentence", "label"}; prompt_completion: {"prompt", "completion"} ("answer" is read too); messages: {"messages": [{"role", "content"}, ...]}. The
+model is trained on the answer tokens and the end token only; truncation shortens the prompt, never the answer. Where rows come from: rows.py; messages: chat.py.
 """
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import hashlib
-import itertools
 import json
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
+from . import chat
 from .config import COLUMNS, RunConfig, TaskConfig
 from .errors import ConfigError, DataError, nearest
+from .evaluation import metric
+from .rows import raw_rows, text_of
 
 DEFAULT_PROMPT = "Text: {sentence}\nAnswer:"
 CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021 (arXiv 2102.09690)
@@ -25,16 +24,24 @@ CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021 (arXiv 2102.09690)
 
 @dataclass(frozen=True)
 class Example:
-    """One row: `text` fills the task's prompt, `answer` is what should follow. row: its number in the source, from 0."""
+    """One row: `text` fills the task's prompt, `answer` is what should follow. row: its number in the source, from 0; place: the same in words, for errors.
+
+    A row of a conversation has it in `messages`; its text is a transcript of what stands before the last answer.
+    """
 
     text: str
     answer: str
     row: int
+    messages: chat.Messages | None = None
+    place: str = field(default="", compare=False, repr=False)
 
 
 @dataclass
 class Task:
-    """One task of a stream. prompt is a str.format template with {sentence}; labels is None where answers are free text."""
+    """One task of a stream. prompt is a str.format template with {sentence}; labels is None where answers are free text.
+
+    chat: rows are conversations, and the tokenizer's chat template writes the prompt. metric, max_new_tokens: as in the config.
+    """
 
     name: str
     prompt: str
@@ -47,19 +54,41 @@ class Task:
     source: str = ""
     overlap: int = 0  # test texts that also stand in train
     sha256: str = field(default="")
+    overlap_dev: int = 0  # dev texts that also stand in train
+    chat: bool = False
+    metric: str | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self):
         if not self.sha256:
-            rows = [[e.text, e.answer] for split in (self.train, self.dev, self.test) for e in (*split, Example("", "", 0))]
-            self.sha256 = _sha(json.dumps([self.prompt, self.labels, self.max_text_tokens, self.max_prompt_tokens, rows], ensure_ascii=False))
+            rows = [[e.text, e.answer, *(e.messages or ())] for split in (self.train, self.dev, self.test) for e in (*split, Example("", "", 0))]
+            more = {"chat": self.chat, "metric": self.metric, "max_new_tokens": self.max_new_tokens}
+            content = [self.prompt, self.labels, self.max_text_tokens, self.max_prompt_tokens, rows, {k: v for k, v in more.items() if v}]
+            self.sha256 = _sha(json.dumps([part for part in content if part != {}], ensure_ascii=False))
+
+    @property
+    def own_metric(self) -> str:
+        """What the scorer `metric` measures here: the task's own; where none was named, choice among labels, else exact match."""
+        return self.metric or ("choice" if self.labels else "exact_match")
 
     def split(self, name: str) -> list[Example]:
         return {"train": self.train, "dev": self.dev, "test": self.test}[name]
 
     # -- tokens ----------------------------------------------------------------------------------------------------------------------
 
-    def encode_prompt(self, tokenizer, text: str) -> list[int]:
-        """Token ids of the prompt with `text` filled in, at most max_prompt_tokens: the text loses its end, or in free-form prompts its beginning."""
+    def encode_prompt(self, tokenizer, text: str | Example) -> list[int]:
+        """Token ids of the prompt with `text` filled in (in a conversation: of one user turn that says it), or of an example's prompt.
+
+        At most max_prompt_tokens: the text loses its end; a free-form prompt and a conversation lose their beginning.
+        """
+        if self.chat:
+            if isinstance(text, Example):
+                conversation = chat.encode(tokenizer, self._messages(text), self._where(text))
+                ids = conversation.ids[: conversation.said[-1][0]]
+            else:
+                ids = chat.prompt(tokenizer, (("user", text),), f"task '{self.name}'")
+            return ids[-self.max_prompt_tokens :]
+        text = text.text if isinstance(text, Example) else text
         if self.max_text_tokens is not None:
             text = _first_tokens(tokenizer, text, self.max_text_tokens)
         ids = tokenizer(self.prompt.format(sentence=text)).input_ids
@@ -78,24 +107,62 @@ class Task:
             )
         return ids
 
-    def encode_answer(self, tokenizer, answer: str, end: bool = True, prompt_end: str = "") -> list[int]:
-        """Token ids of " answer", with the end token where `end`."""
+    def encode_answer(self, tokenizer, answer: str | Example, end: bool = True, prompt_end: str = "") -> list[int]:
+        """Token ids of " answer", or of an example's answer as it follows its prompt, with the end token where `end`."""
+        if self.chat:
+            example = answer if isinstance(answer, Example) else Example(answer, answer, 0)
+            conversation = chat.encode(tokenizer, self._messages(example), self._where(example))
+            ids = conversation.ids[conversation.said[-1][0] :]
+            return ids if end else ids[: len(ids) - 1 - ids[::-1].index(conversation.end)]
+        if isinstance(answer, Example):
+            answer, prompt_end = answer.answer, answer.text[-1:]
         free = self.prompt == "{sentence}"  # the user wrote the whole prompt: a space only where neither side has white space
         joined = answer if free and (answer[:1].isspace() or prompt_end.isspace()) else " " + answer
         ids = tokenizer(joined, add_special_tokens=False).input_ids
         return ids + [tokenizer.eos_token_id] if end else ids
 
     def encode(self, tokenizer, example: Example) -> dict[str, list[int]]:
-        """{"input_ids", "labels"} of one training row; labels are -100 on the prompt."""
-        prompt, answer = self.encode_prompt(tokenizer, example.text), self.encode_answer(tokenizer, example.answer, prompt_end=example.text[-1:])
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        """{"input_ids", "labels"} of one training row; labels are -100 on the prompt, and on all but the assistant's turns of a conversation."""
+        if not self.chat:
+            prompt, answer = self.encode_prompt(tokenizer, example), self.encode_answer(tokenizer, example)
+            return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        conversation = chat.encode(tokenizer, self._messages(example), self._where(example))
+        cut = max(0, conversation.said[-1][0] - self.max_prompt_tokens)
+        labels = [-100] * len(conversation.ids)
+        for start, stop in conversation.said:
+            if start >= cut:  # an earlier turn that lost its beginning is context, not an answer
+                labels[start:stop] = conversation.ids[start:stop]
+        return {"input_ids": conversation.ids[cut:], "labels": labels[cut:]}
+
+    def end_token(self, tokenizer, example: Example) -> int:
+        """The token that ends an answer: eos, or what the chat template closes a turn with."""
+        return chat.encode(tokenizer, self._messages(example), self._where(example)).end if self.chat else tokenizer.eos_token_id
+
+    def check(self, tokenizer) -> None:
+        """Refuse now, not after hours, what only the tokenizer shows: a prompt that cannot fit, a chat template that is missing or refuses a row."""
+        if not self.chat:
+            self.encode_prompt(tokenizer, "")
+            return
+        chat.check_template(tokenizer)
+        for rows in (self.train, self.dev, self.test):
+            for example in rows:
+                chat.render(tokenizer, self._messages(example), self._where(example))
+            if rows:  # what a template does to earlier turns shows where there are most of them
+                self.encode(tokenizer, max(rows, key=lambda e: len(self._messages(e))))
+
+    def _messages(self, example: Example) -> chat.Messages:
+        return example.messages or (("user", example.text), ("assistant", example.answer))
+
+    def _where(self, example: Example) -> str:
+        return f"task '{self.name}': {example.place or f'row {example.row}'}"
 
 
 @dataclass
 class TaskStream:
-    """The tasks in the order they are learned."""
+    """The tasks in the order they are learned; and the watch sets, which are scored in every row and never trained."""
 
     tasks: list[Task]
+    watch: list[Task] = field(default_factory=list)
 
     def __iter__(self):
         return iter(self.tasks)
@@ -106,17 +173,34 @@ class TaskStream:
     def __getitem__(self, i: int) -> Task:
         return self.tasks[i]
 
+    def warnings(self) -> Iterator[str]:
+        """Texts that are trained and also scored, in words."""
+        for task in self.tasks:
+            for split, n in (("test", task.overlap), ("dev", task.overlap_dev)):
+                if n:
+                    yield f"task '{task.name}': {n} {split} texts also stand in its training rows"
+        for task in self.tasks if self.watch else ():
+            trained = {_normal(e.text) for e in task.train}
+            for watched in self.watch:
+                if n := len(trained & {_normal(e.text) for e in (*watched.test, *watched.dev)}):
+                    yield f"watch '{watched.name}': {n} of its texts also stand in the training rows of task '{task.name}'"
+
 
 def load_stream(config: RunConfig) -> TaskStream:
-    """Read every file of every task, so that the first bad row is found before the first step. Raises DataError, ConfigError."""
-    stream = TaskStream([load_task(task, config.seed) for task in config.tasks])
-    for task in stream:
-        if not task.split(config.evaluate.split):
-            raise ConfigError(f"evaluate.split: task '{task.name}' has no {config.evaluate.split} rows; give it a {config.evaluate.split} file")
+    """Read every file of every task and watch set, so that the first bad row is found before the first step. Raises DataError, ConfigError."""
+    stream = TaskStream([load_task(task, config.seed) for task in config.tasks], [load_task(task, config.seed, watch=True) for task in config.watch])
+    split = config.evaluate.split
+    for task in (*stream, *stream.watch):
+        if not task.split(split):
+            raise ConfigError(f"evaluate.split: task '{task.name}' has no {split} rows; give it a {split} file")
+        if "metric" in config.scorers:
+            metric.check(task, task.split(split))
     return stream
 
 
-def load_task(config: TaskConfig, seed: int = 0) -> Task:
+def load_task(config: TaskConfig, seed: int = 0, watch: bool = False) -> Task:
+    """One task; `watch`: all of its rows to be scored, none trained."""
+    own = {key: getattr(config, key) for key in ("max_text_tokens", "max_prompt_tokens", "metric", "max_new_tokens")}
     if config.suite is not None:
         from . import suites
 
@@ -125,16 +209,37 @@ def load_task(config: TaskConfig, seed: int = 0) -> Task:
         except TypeError as error:
             raise ConfigError(f"task '{config.name}': suite_options: {error}") from None
         splits = {name: [Example(r["sentence"], r["label"], i) for i, r in enumerate(getattr(suite, name))] for name in ("train", "dev", "test")}
-        task = Task(config.name, config.prompt or suite.prompt, **splits, labels=list(suite.labels), source=suite.source,
-                    max_text_tokens=config.max_text_tokens, max_prompt_tokens=config.max_prompt_tokens)  # fmt: skip
+        task = Task(config.name, config.prompt or suite.prompt, **splits, labels=list(suite.labels), source=suite.source, **own)
     else:
-        task = _from_files(config)
-    if config.limit is not None and len(task.train) > config.limit:
-        task = _replace_train(task, sample(task.train, config.limit, seed))
-    for split in ("train", "test"):
+        task = _from_files(config, watch, own)
+    changes = {}
+    if config.label_words is not None:
+        words = dict(zip(task.labels, _words(config, task.labels), strict=True))
+        said = {split: [dataclasses.replace(e, answer=words[e.answer]) for e in task.split(split)] for split in ("train", "dev", "test")}
+        changes |= said | {"labels": list(words.values())}
+    if watch:
+        changes["train"] = []
+    elif config.limit is not None and len(task.train) > config.limit:
+        changes["train"] = sample(changes.get("train", task.train), config.limit, seed)
+    if changes:
+        task = dataclasses.replace(task, **changes, sha256="")
+    for split in ("test",) if watch else ("train", "test"):
         if not task.split(split):
             raise DataError(f"task '{config.name}': no {split} rows; give more data{' or a test file' if split == 'test' else ''}")
+    trained = {_normal(e.text) for e in task.train}
+    task.overlap, task.overlap_dev = _count(task.test, trained), _count(task.dev, trained)
     return task
+
+
+def _words(config: TaskConfig, labels: list[str]) -> list[str]:
+    try:
+        return config.words(labels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _count(rows: list[Example], trained: set[str]) -> int:
+    return sum(_normal(e.text) in trained for e in rows)
 
 
 def sample(rows: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
@@ -148,99 +253,62 @@ def sample(rows: Sequence[Example], limit: int | None, seed: int) -> list[Exampl
 # -- files ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _from_files(config: TaskConfig) -> Task:
-    where = f"task '{config.name}'"
-    template = config.prompt or (DEFAULT_PROMPT if config.format == "classification" else "{sentence}")
-    train_all = read_rows(config.data, config)
+def _from_files(config: TaskConfig, watch: bool, own: dict) -> Task:
+    """Rows of `data`, `test` and `dev`. What is not given is carved out of data, or, in a watch set, where nothing is trained, is all of data."""
+    template = "" if config.format == "messages" else config.prompt or (DEFAULT_PROMPT if config.format == "classification" else "{sentence}")
+    rest = read_rows(config.data, config)
+    files = {split: read_rows(path, config, split) for split, path in (("test", config.test), ("dev", config.dev)) if path is not None}
     labels = None
     if config.format == "classification":
-        labels = config.labels or sorted({e.answer for e in train_all})
+        labels = config.labels or sorted({e.answer for e in rest})
         if len(labels) < 2:
             raise DataError(
-                f"{where}: {config.data} has the single label {labels}; a classification task needs two or more (or format: prompt_completion)"
+                f"task '{config.name}': {config.data} has the single label {labels}; a classification task needs two or more (or format: prompt_completion)"
             )
-        _check_labels(train_all, labels, config.data, config.name)
-    if config.test is not None:
-        rest, test = train_all, read_rows(config.test, config)
-        if labels:
-            _check_labels(test, labels, config.test, config.name)
-    else:
-        rest, test = carve(train_all, "test")
-    if config.dev is not None:
-        train, dev = rest, read_rows(config.dev, config)
-        if labels:
-            _check_labels(dev, labels, config.dev, config.name)
-    else:
-        train, dev = carve(rest, "dev")
-    seen = {_normal(e.text) for e in train}
-    overlap = sum(_normal(e.text) in seen for e in test)
-    return Task(config.name, template, train, dev, test, labels=labels, source=str(config.data), overlap=overlap,
-                max_text_tokens=config.max_text_tokens, max_prompt_tokens=config.max_prompt_tokens)  # fmt: skip
+        for rows in (rest, *files.values()):
+            _check_labels(rows, labels)
+    splits = {}
+    for split in ("test", "dev"):
+        if split in files:
+            splits[split] = files[split]
+        elif watch:
+            splits[split] = rest
+        else:
+            rest, splits[split] = carve(rest, split)
+    return Task(
+        config.name, template, rest, splits["dev"], splits["test"], labels=labels, source=str(config.data), chat=config.format == "messages", **own
+    )
 
 
-def read_rows(path: str, config: TaskConfig) -> list[Example]:
-    """Rows of one file; a bad one is fatal and named by file and line (or row, in a JSON list)."""
-    text_key, answer_key = COLUMNS[config.format]
-    text_column, answer_column = config.columns.get(text_key, text_key), config.columns.get(answer_key, answer_key)
-    examples = []
-    for place, row in _raw_rows(path, config.name):
+def read_rows(source: str, config: TaskConfig, split: str = "train") -> list[Example]:
+    """Rows of one source (rows.py says which there are); a bad one is fatal and named by file and line or row. split: the one a hub dataset is asked for."""
+    names = {key: config.columns.get(key, key) for key in COLUMNS[config.format]}
+    shown = ", ".join(f"{key!r}: ..." for key in names)
+    examples: list[Example] = []
+    for place, row in raw_rows(source, config.name, {"dev": "validation"}.get(split, split)):
         if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object such as {{{text_key!r}: ..., {answer_key!r}: ...}}, got {type(row).__name__}")
-        if answer_key == "completion" and answer_column not in row and "answer" in row:
-            row = row | {answer_column: row["answer"]}
-        for key, column in ((text_key, text_column), (answer_key, answer_column)):
+            raise DataError(f"{place}: expected an object such as {{{shown}}}, got {type(row).__name__}")
+        if "completion" in names and names["completion"] not in row and "answer" in row:
+            row = row | {names["completion"]: row["answer"]}
+        for key, column in names.items():
             if column not in row:
                 raise DataError(f"{place}: no '{column}'{nearest(column, row)}. Rename columns with columns: {{{key}: ...}}")
-            if not isinstance(row[column], (str, int)) or isinstance(row[column], bool) or not str(row[column]).strip():
-                raise DataError(f"{place}: '{column}' is {row[column]!r}; it must be text that is not empty")
-            if any("\ud800" <= c <= "\udfff" for c in str(row[column])):
-                raise DataError(f"{place}: '{column}' holds half a character (a lone surrogate, often an emoji cut in two); mend or drop the row")
-        examples.append(
-            Example(
-                str(row[text_column]),
-                str(row[answer_column]).strip() if config.format == "classification" else str(row[answer_column]),
-                len(examples),
-            )
-        )
+        number = len(examples)
+        if config.format == "messages":
+            messages = chat.parse(place, names["messages"], row[names["messages"]])
+            examples.append(Example(chat.transcript(messages), messages[-1][1], number, messages, place))
+        else:
+            text, answer = (text_of(place, column, row[column]) for column in names.values())
+            examples.append(Example(text, answer.strip() if config.format == "classification" else answer, number, place=place))
     if not examples:
-        raise DataError(f"{path}: the file has no rows (task '{config.name}')")
+        raise DataError(f"{source}: the file has no rows (task '{config.name}')")
     return examples
 
 
-def _raw_rows(path: str, task: str) -> Iterable[tuple[str, Any]]:
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"task '{task}': no such data file: {path}")
-    try:
-        text = gzip.decompress(file.read_bytes()).decode("utf-8") if file.suffix == ".gz" else file.read_text(encoding="utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    name = file.name.removesuffix(".gz")
-    if name.endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-    elif name.endswith(".json"):
-        try:
-            rows = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{path}: expected a list of rows, got {type(rows).__name__}; one object a line goes into a .jsonl file")
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, row {number}", row
-    else:
-        raise DataError(f"{path}: unknown kind of file; .jsonl, .json and .json.gz are read")
-
-
-def _check_labels(examples: list[Example], labels: list[str], path: str, task: str) -> None:
+def _check_labels(examples: list[Example], labels: list[str]) -> None:
     bad = next((e for e in examples if e.answer not in labels), None)
     if bad is not None:
-        place, _ = next(itertools.islice(_raw_rows(path, task), bad.row, None))  # read again: rows are numbered without the blank lines
-        raise DataError(f"{place}: label {bad.answer!r} is outside the set{nearest(bad.answer, labels)}")
+        raise DataError(f"{bad.place}: label {bad.answer!r} is outside the set{nearest(bad.answer, labels)}")
 
 
 def carve(rows: list[Example], split: str) -> tuple[list[Example], list[Example]]:
@@ -250,12 +318,6 @@ def carve(rows: list[Example], split: str) -> tuple[list[Example], list[Example]
         carved = [min(rows, key=lambda e: _sha(f"{split}\0{_normal(e.text)}"))]
     out = {_normal(e.text) for e in carved}
     return [e for e in rows if _normal(e.text) not in out], carved
-
-
-def _replace_train(task: Task, train: list[Example]) -> Task:
-    import dataclasses
-
-    return dataclasses.replace(task, train=train, sha256="")
 
 
 def _first_tokens(tokenizer, text: str, n: int) -> str:

@@ -6,23 +6,27 @@ choice: the most likely of the task's own labels, by the probability of the whol
 calibrated: the same by length-normalised log-likelihood minus its mean after three texts without content (Zhao et al. 2021, arXiv 2102.09690). Made for models
     nobody tuned; on tuned ones it loses up to ten points of what exact match shows to be there (dev/LOG.md), so it is not the default.
 exact_match: greedy generation, compared after lower-casing, dropping punctuation and squeezing spaces: answers a program could use.
+metric: each task's own, see metric.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import string
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import Collate, answer_loss, is_seq2seq, known, padded
 from ..tasks import CONTENT_FREE, Example, Task
+from . import metric, seq2seq
 
 
 @dataclass
 class Prediction:
-    """One scored row. choice, calibrated and text are None where that score does not apply or was not asked for."""
+    """One scored row. choice, calibrated, text and metric are None where that score does not apply or was not asked for."""
 
     row: int
     task: str
@@ -30,8 +34,11 @@ class Prediction:
     choice: str | None = None
     calibrated: str | None = None
     text: str | None = None
+    metric: float | None = None
 
     def score(self, scorer: str) -> float | None:
+        if scorer == "metric":
+            return self.metric
         if scorer != "exact_match":
             chosen = self.choice if scorer == "choice" else self.calibrated
             return None if chosen is None else float(chosen == self.answer)
@@ -52,12 +59,19 @@ def score_rows(
     model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None
 ) -> list[Prediction]:
     """Score `rows` of `task`, in their order. advance(done) is called after each batch."""
-    labels = [task.encode_answer(tokenizer, label) for label in task.labels] if task.labels and {"choice", "calibrated"} & set(scorers) else None
-    prompts = [task.encode_prompt(tokenizer, e.text) for e in rows]
+    if not rows:  # one of several processes may have none
+        return []
+    own = task.own_metric if "metric" in scorers else None
+    wanted = {*scorers, own}
+    generate = "exact_match" in wanted or (own is not None and metric.generates(own))
+    prompts = [task.encode_prompt(tokenizer, e) for e in rows]
+    answers = [task.encode_answer(tokenizer, e) for e in rows] if own == "nll" or not task.labels else []
+    possible = [task.encode_answer(tokenizer, label) for label in task.labels] if task.labels else answers
+    longest = task.max_new_tokens - 1 if task.max_new_tokens else max(map(len, possible))
+    labels = possible if task.labels and {"choice", "calibrated"} & wanted else None
+    end = task.end_token(tokenizer, rows[0])
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # length-sorted: little padding
     out: list[Prediction | None] = [None] * len(rows)
-    answers = task.labels or [e.answer for e in rows]
-    longest = max(len(task.encode_answer(tokenizer, a)) for a in answers)
     was_training = model.training
     model.eval()
     try:
@@ -66,14 +80,19 @@ def score_rows(
                 empty = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, text) for text in CONTENT_FREE]), labels)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                state = _prefill(model, [prompts[i] for i in batch])
+                state = _prefill(model, [prompts[i] for i in batch]) if labels or generate else None
                 tokens = _likelihoods(model, state, labels) if labels else None
-                choice = tokens.whole.argmax(1).tolist() if labels and "choice" in scorers else None
+                choice = tokens.whole.argmax(1).tolist() if labels and "choice" in wanted else None
                 calibrated = (tokens.normalized - empty.normalized.mean(0)).argmax(1).tolist() if labels and "calibrated" in scorers else None
-                texts = _greedy(model, tokenizer, state, longest) if "exact_match" in scorers else None
+                texts = _greedy(model, tokenizer, state, longest, end) if generate else None
+                likely = _mean_likelihoods(model, [prompts[i] for i in batch], [answers[i] for i in batch]) if own == "nll" else None
                 for k, i in enumerate(batch):
                     named = {name: task.labels[found[k]] for name, found in (("choice", choice), ("calibrated", calibrated)) if found}
-                    out[i] = Prediction(rows[i].row, task.name, rows[i].answer, **named, text=texts[k] if texts else None)
+                    p = out[i] = Prediction(rows[i].row, task.name, rows[i].answer, **named, text=texts[k] if texts else None)
+                    if own == "nll":
+                        p.metric = math.exp(likely[k])
+                    elif own is not None:
+                        p.metric = p.score(own) if own in ("choice", "exact_match") else metric.score(own, p.text, p.answer)
                 if advance:
                     advance(start + len(batch))
     finally:
@@ -105,17 +124,12 @@ class _State:
     last: Tensor
 
 
-def _prefill(model: nn.Module, prompts: list[list[int]]) -> _State:
-    device = next(model.parameters()).device
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for i, p in enumerate(prompts):
-        ids[i, length - len(p) :] = torch.tensor(p)
-        mask[i, length - len(p) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
+def _prefill(model: nn.Module, prompts: list[list[int]]) -> _State | seq2seq.Read:
+    if is_seq2seq(model):
+        return seq2seq.prefill(model, prompts)
+    ids, mask = (t.to(next(model.parameters()).device) for t in padded(prompts, left=True))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    out = model(**known(model, input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1), use_cache=True)
     return _State(out.past_key_values, mask, mask.sum(1), out.logits[:, -1].float().log_softmax(-1))
 
 
@@ -127,8 +141,11 @@ class _Likelihoods:
     normalized: Tensor
 
 
-def _likelihoods(model: nn.Module, state: _State, labels: list[list[int]]) -> _Likelihoods:
+def _likelihoods(model: nn.Module, state: _State | seq2seq.Read, labels: list[list[int]]) -> _Likelihoods:
     """Log-probabilities of K labels, each a list of tokens that ends in the end token, after each prompt."""
+    if isinstance(state, seq2seq.Read):
+        whole, end = seq2seq.likelihoods(model, state, labels)
+        return _Likelihoods(whole, (whole - end) / torch.tensor([len(label) - 1 for label in labels], device=whole.device))
     tails = [label[:-1] for label in labels]  # token t predicts token t + 1; the end token predicts nothing we need
     flat = [token for tail in tails for token in tail]
     depth = torch.tensor([d for tail in tails for d in range(len(tail))])
@@ -142,7 +159,7 @@ def _likelihoods(model: nn.Module, state: _State, labels: list[list[int]]) -> _L
     mask = torch.zeros(B, 1, Q, P + Q, dtype=dtype, device=device).masked_fill_(~seen[:, None], torch.finfo(dtype).min)
     ids = torch.tensor(flat, device=device).expand(B, Q)
     positions = state.next_position[:, None] + depth.to(device)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=state.cache, use_cache=True)
+    out = model(**known(model, input_ids=ids, attention_mask=mask, position_ids=positions), past_key_values=state.cache, use_cache=True)
     state.mask = torch.cat([state.mask, state.mask.new_zeros(B, Q)], 1)  # the branches stay in the cache, unseen by what follows
 
     picked = out.logits.float().log_softmax(-1)[:, torch.arange(Q), following]  # (B, Q)
@@ -151,21 +168,36 @@ def _likelihoods(model: nn.Module, state: _State, labels: list[list[int]]) -> _L
     return _Likelihoods(whole, (whole - end) / torch.tensor([len(tail) for tail in tails], device=device))
 
 
-def _greedy(model: nn.Module, tokenizer, state: _State, longest: int) -> list[str]:
-    """Greedy continuations up to the end token, or one token more than the longest answer needs (then it matches none)."""
+def _mean_likelihoods(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """Mean log-probability of the tokens of each row's own answer, its end token included."""
+    out = []
+    for prompt, answer in zip(prompts, answers, strict=True):  # one by one: a padded batch's logits of long answers may not fit into memory
+        batch = Collate(model)([{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}])
+        batch = {k: v.to(next(model.parameters()).device) for k, v in batch.items()}
+        loss, _ = answer_loss(model, batch)
+        out.append(-float(loss))
+    return out
+
+
+def _greedy(model: nn.Module, tokenizer, state: _State | seq2seq.Read, longest: int, end: int | None = None) -> list[str]:
+    """Greedy continuations up to the token `end` (eos), or one token more than the longest answer needs (then it matches none)."""
+    end = tokenizer.eos_token_id if end is None else end
+    if isinstance(state, seq2seq.Read):
+        return seq2seq.greedy(model, tokenizer, state, longest, end)
     B = state.mask.shape[0]
     token, mask, position = state.last.argmax(1), state.mask, state.next_position
     done = torch.zeros(B, dtype=torch.bool, device=token.device)
     tokens: list[list[int]] = [[] for _ in range(B)]
     for _ in range(longest + 1):
-        done |= token == tokenizer.eos_token_id
+        done |= token == end
         for i in range(B):
             if not done[i]:
                 tokens[i].append(int(token[i]))
         if bool(done.all()):
             break
         mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=state.cache, use_cache=True)
+        inputs = known(model, input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None])
+        out = model(**inputs, past_key_values=state.cache, use_cache=True)
         token, position = out.logits[:, -1].argmax(1), position + 1
     return [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
 

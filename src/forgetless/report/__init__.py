@@ -19,9 +19,11 @@ import yaml
 from markupsafe import Markup
 
 from forgetless.errors import DataError
+from forgetless.evaluation.matrix import wilson
 
 Points = list[tuple[float, float]]  # (step, loss)
 SCORERS = {"choice": "Choice", "exact_match": "Exact match"}
+OWN = "Each task's metric"
 SUMMARY = {"average_accuracy": max, "backward_transfer": max, "forgetting": min, "learning_accuracy": max}  # which way is best
 METRICS = {
     "average_accuracy": ("Average accuracy", "mean over the tasks at the end"),
@@ -50,7 +52,8 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
     runs = [read_run(path, name if names.count(name) == 1 else path.as_posix()) for path, name in zip(paths, names, strict=True)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
-    html = template.render(runs=runs, summary=summary_view(runs), scorers=SCORERS, metric_text=METRICS)
+    scorers = ({"metric": OWN} if any("metric" in run["metrics"] for run in runs) else {}) | SCORERS
+    html = template.render(runs=runs, summary=summary_view(runs, scorers), scorers=scorers, metric_text=METRICS)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.tmp")
@@ -73,7 +76,8 @@ def read_run(path: Path, name: str) -> dict[str, Any]:
     timing = read_timing(path / "timing.jsonl", tasks)
     lineage, lineage_skipped = read_jsonl(path / "lineage.jsonl")
     method = config.get("method")
-    scorers = [*(s for s in SCORERS if s in matrix["scores"]), *(s for s in matrix["scores"] if s not in SCORERS)]
+    order = ["metric", *SCORERS]
+    scorers = [*(s for s in order if s in matrix["scores"]), *(s for s in matrix["scores"] if s not in order)]
     done = max((len(rows) for rows in matrix["scores"].values()), default=0)
     return {
         "name": name,
@@ -83,9 +87,10 @@ def read_run(path: Path, name: str) -> dict[str, Any]:
         "tasks": tasks,
         "done": done,
         "finished": done >= len(tasks),
-        "n": matrix["n"],
+        "n": {task: matrix["n"][task] for task in tasks if task in matrix["n"]},
         "metrics": {scorer: dict(matrix["metrics"].get(scorer) or {}) for scorer in scorers},
         "heat_maps": [score_map(scorer, matrix) for scorer in scorers],
+        "watch": watch_map(matrix),
         "failures": [{"title": FAILURES.get(kind, kind), **heat_map(matrix, rows)} for kind, rows in matrix["failures"].items()],
         "metric_table": metric_table(scorers, matrix["metrics"]),
         "loss_chart": loss_chart([(i, tasks[i], points) for i, points in sorted(timing["loss"].items())]),
@@ -118,9 +123,11 @@ def read_matrix(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; it is written after the first task of a run: wait for one, or name another run folder")
     try:
         matrix = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        matrix.update({part: dict(matrix.get(part) or {}) for part in ("before", "n", "ci95", "metrics", "failures")})
+        matrix.update({part: dict(matrix.get(part) or {}) for part in ("before", "n", "ci95", "metrics", "failures", "watch", "metric_of")})
         if not matrix["tasks"] or not all(isinstance(row, list) for rows in matrix["scores"].values() for row in rows):
             raise TypeError("no tasks, or scores that are not rows")
+        if not all(isinstance(row, list) for scores in matrix["watch"].values() for row in scores.values()):
+            raise TypeError("watch holds scores that are not rows")
         matrix["tasks"] = [str(task) for task in matrix["tasks"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: not an accuracy matrix ({type(error).__name__}: {error}); running the same config again writes it anew") from error
@@ -169,12 +176,12 @@ def read_timing(path: Path, tasks: list[str]) -> dict[str, Any]:
 # ---- views
 
 
-def summary_view(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary_view(runs: list[dict[str, Any]], scorers: dict[str, str] = SCORERS) -> dict[str, Any]:
     """One row a run; the best value of a column is marked only among finished runs that were tested on the same rows."""
     finished = [run for run in runs if run["finished"]]
     same = len({json.dumps([sorted(run["tasks"]), run["n"]], sort_keys=True) for run in finished}) == 1
     cells: list[list[dict[str, Any]]] = [[] for _ in runs]
-    for scorer in SCORERS:
+    for scorer in scorers:
         for metric, best in SUMMARY.items():
             values = [number(run["metrics"].get(scorer, {}).get(metric)) for run in runs]
             ranked = [round(v, 3) for run, v in zip(runs, values, strict=True) if v is not None and run["finished"]]
@@ -197,7 +204,35 @@ def score_map(scorer: str, matrix: dict[str, Any]) -> dict[str, Any]:
     """The accuracy matrix of one scorer, with the row before training on top."""
     view = heat_map(matrix, matrix["scores"][scorer], matrix["ci95"].get(scorer))
     before = [cell(task, matrix["n"].get(task), get(matrix["before"].get(scorer), j)) for j, task in enumerate(matrix["tasks"])]
-    return {"title": SCORERS.get(scorer, scorer), **view, "rows": [{"label": "before training", "cells": before}, *view["rows"]]}
+    return {"title": title(scorer), **view, "rows": [{"label": "before training", "cells": before}, *view["rows"]], "kinds": kinds(scorer, matrix)}
+
+
+def title(scorer: str) -> str:
+    return OWN if scorer == "metric" else SCORERS.get(scorer, scorer)
+
+
+def kinds(scorer: str, matrix: dict[str, Any]) -> str:
+    """Which metric each task has, in words, where the scorer is that."""
+    return ", ".join(f"{task}: {matrix['metric_of'][task]}" for task in matrix["tasks"] if task in matrix["metric_of"]) if scorer == "metric" else ""
+
+
+def watch_map(matrix: dict[str, Any]) -> dict[str, Any] | None:
+    """Before the first task and after each (rows), each score of each watch set (columns)."""
+    columns = []
+    for name, scores in matrix["watch"].items():
+        for scorer, values in scores.items():
+            kind = matrix["metric_of"].get(name, "metric") if scorer == "metric" else title(scorer).lower()
+            columns.append((f"{name}, {kind}", matrix["n"].get(name), values))
+    if not columns:
+        return None
+    rows = []
+    for i, label in enumerate(["before training", *(f"after {task}" for task in matrix["tasks"])]):
+        found = [(shown, n, number(get(values, i))) for shown, n, values in columns]
+        cells = [
+            cell(shown, n, value, wilson(value, n) if number(n) and value is not None and 0 <= value <= 1 else None) for shown, n, value in found
+        ]
+        rows.append({"label": label, "cells": cells})
+    return {"title": "Watched, never trained", "tasks": [(shown, n) for shown, n, _ in columns], "rows": rows}
 
 
 def heat_map(matrix: dict[str, Any], values: list[list], ci95: list | None = None) -> dict[str, Any]:

@@ -30,6 +30,23 @@ def print_matrix(matrix: AccuracyMatrix, scorer: str, title: str) -> None:
     console.print("  ".join(f"{label} {_signed(m[key], key)}" for key, label in names.items() if m[key] is not None), highlight=False)
 
 
+def print_watch(watch: dict[str, dict[str, list[float | None]]], last: str) -> None:
+    """One row for each score of each watch set: before the first task, after the task `last`, and the difference, in %. What lies between is in the report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="watched, never trained (%)", title_justify="left")
+    table.add_column("watch set")
+    table.add_column("score", no_wrap=True)
+    for name in ("before", f"after {last}", "change"):
+        table.add_column(name, justify="right")
+    for name, scores in watch.items():
+        for scorer, (before, *_, now) in scores.items():
+            change = "" if None in (before, now) else f"{100 * (now - before):+.1f}"
+            table.add_row(name, scorer, _cell(before), _cell(now), change)
+    Console().print(table)
+
+
 def _cell(score: float | None) -> str:
     return "" if score is None else f"{100 * score:.1f}"
 

@@ -1,0 +1,304 @@
+"""A task's own metric: each by hand or by a slower way, one column each in the matrix, and a function of the user's held to its word."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_task
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forgetless.config import RunConfig, TaskConfig
+from forgetless.errors import ConfigError, DataError
+from forgetless.evaluation import metric
+from forgetless.evaluation.scorers import score_rows
+from forgetless.loop import run as learn
+from forgetless.tasks import Example, Task, load_stream, load_task
+
+LABELS = ["red", "good bad maybe", "good bad"]
+TEXTS = ["cat sits", "dog runs happy sad calm river apple", "bird", "stone river", "yes no"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def task(name=None, labels=LABELS, **kw) -> Task:
+    rows = [Example(text, LABELS[i % 3], i) for i, text in enumerate(TEXTS)]
+    return Task("t", "Text : {sentence} Answer :" if labels else "{sentence}", rows, rows, rows, labels=labels, metric=name, **kw)
+
+
+def scored(model, tokenizer, t, scorers=("metric",), **kw):
+    return score_rows(model, tokenizer, t, t.test, list(scorers), **kw)
+
+
+# -- each metric -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "value"),
+    [
+        ("the cat sat", "The cat is on the mat.", 4 / 9),  # common: the cat. precision 2 / 3, recall 2 / 6, F = 2 PR / (P + R)
+        ("b a c d", "a b c d", 0.75),  # common in order: b c d, or a c d
+        (" Red,\n", "red", 1.0),
+        ("", "red", 0.0),
+        ("blue", "red", 0.0),
+        ("running cats", "run cat", 0.0),  # no stemming
+    ],
+)
+def test_rouge_l_by_hand(prediction, answer, value):
+    assert metric.score("rouge_l", prediction, answer) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "free text"])
+def test_nll_is_a_plain_forward_pass(model, tokenizer, labels):
+    """exp(mean log-probability of the answer's tokens and the end token), of each row alone and unpadded."""
+    t = task("nll", labels=labels)
+    for p, row in zip(scored(model, tokenizer, t), t.test, strict=True):
+        text = f"Text : {row.text} Answer : {row.answer}" if labels else f"{row.text} {row.answer}"
+        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        n = len(row.answer.split()) + 1
+        with torch.no_grad():
+            likely = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        mean = sum(float(likely[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids))) / n
+        assert p.metric == pytest.approx(math.exp(mean), rel=1e-5) and 0 < p.metric <= 1
+        assert p.text is None and p.choice is None  # nothing else was computed
+
+
+def test_nll_of_a_conversation_is_of_its_last_turn(chatty):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chatty).eval(), AutoTokenizer.from_pretrained(chatty)
+    messages = (("user", "cat"), ("assistant", "red"), ("user", "dog"), ("assistant", "blue green"))
+    t = Task("t", "", [], [], [Example("x", "blue green", 0, messages)], chat=True, metric="nll")
+    ids = tokenizer("user : cat <eos> assistant : red <eos> user : dog <eos> assistant : blue green <eos>").input_ids
+    with torch.no_grad():
+        likely = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    mean = sum(float(likely[i - 1, ids[i]]) for i in range(len(ids) - 3, len(ids))) / 3
+    assert scored(model, tokenizer, t)[0].metric == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_each_metric_is_the_score_of_its_name(model, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("lengths_of.py").write_text("def share(prediction, answer): return min(1.0, len(prediction) / 100)\n")
+    plain = scored(model, tokenizer, task(), ["choice", "exact_match"])
+    for name in ("choice", "exact_match"):
+        assert [p.metric for p in scored(model, tokenizer, task(name))] == [p.score(name) for p in plain]
+    assert [p.metric for p in scored(model, tokenizer, task("rouge_l"))] == [metric.score("rouge_l", p.text, p.answer) for p in plain]
+    assert [p.metric for p in scored(model, tokenizer, task("lengths_of:share"))] == [min(1.0, len(p.text.strip()) / 100) for p in plain]
+    assert all(p.score("metric") is None for p in plain)
+    both = scored(model, tokenizer, task("nll"), ["metric", "choice", "exact_match"])  # one batch for all of them
+    assert [(p.choice, p.text) for p in both] == [(p.choice, p.text) for p in plain]
+    assert [p.metric for p in both] == [p.metric for p in scored(model, tokenizer, task("nll"), batch_size=1)]
+
+
+def test_undeclared_is_choice_among_labels_and_else_exact_match(model, tokenizer):
+    assert task().own_metric == "choice" and task(labels=None).own_metric == "exact_match"
+    labelled, free = scored(model, tokenizer, task(), ["metric", "choice", "exact_match"]), scored(model, tokenizer, task(labels=None), ["metric"])
+    assert all(p.metric == p.score("choice") for p in labelled) and all(p.metric == p.score("exact_match") for p in free)
+
+
+@pytest.mark.parametrize(("limit", "words"), [(None, 5), (1, 1), (3, 3), (9, 9)])
+def test_max_new_tokens_is_the_length_of_a_generated_answer(tiny, tokenizer, limit, words):
+    """A model that never ends; without a limit the longest answer, four tokens with its end, and one more."""
+    loud = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    loud.lm_head.bias = torch.nn.Parameter(100.0 * torch.nn.functional.one_hot(torch.tensor(tokenizer("red").input_ids[0]), loud.config.vocab_size))
+    for labels in (LABELS, None):
+        assert {p.text for p in scored(loud, tokenizer, task(labels=labels, max_new_tokens=limit), ["exact_match"])} == {" ".join(["red"] * words)}
+
+
+# -- a function of the user's ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_found_in_the_working_directory_and_on_sys_path(tmp_path, monkeypatch):
+    for folder, module in ((tmp_path, "near_metric"), (tmp_path / "lib", "far_metric")):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{module}.py").write_text("import os\ndef equal(prediction, answer): return prediction == answer\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    path = list(sys.path)
+    for module in ("near_metric", "far_metric"):
+        assert (metric.score(f"{module}:equal", " red ", "red"), metric.score(f"{module}:equal", "blue", "red")) == (1.0, 0.0)
+    assert sys.path == path
+
+
+BAD = {
+    "no_such_module:f": "cannot be imported from the working directory or sys.path (ModuleNotFoundError: No module named 'no_such_module')",
+    "bad_functions:scor": "module bad_functions has no function scor; did you mean 'score'?",
+    "bad_functions:NUMBER": "module bad_functions has no function NUMBER",
+    "bad_functions:percent": "returned 87.5 on prediction 'red' and answer 'red'; it must return a number from 0 to 1",
+    "bad_functions:negative": "returned -0.1",
+    "bad_functions:nan": "returned nan",
+    "bad_functions:text": "returned '1'",
+    "bad_functions:nothing": "returned None",
+    "bad_functions:one_argument": "raised TypeError: one_argument() takes 1 positional argument but 2 were given",
+    "bad_functions:raises": "raised ZeroDivisionError: division by zero, on prediction 'red' and answer 'red'",
+    "broken_module:f": "(SyntaxError: ",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), BAD.items(), ids=BAD)
+def test_a_function_that_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    Path("bad_functions.py").write_text(
+        "NUMBER = 1\n"
+        "def score(p, a): return 1\ndef percent(p, a): return 87.5\ndef negative(p, a): return -0.1\ndef nan(p, a): return float('nan')\n"
+        "def text(p, a): return '1'\ndef nothing(p, a): pass\ndef one_argument(p): return 1\ndef raises(p, a): return 1 / 0\n"
+    )
+    Path("broken_module.py").write_text("def f(:\n")
+    Path("a.jsonl").write_text("".join(json.dumps({"prompt": f"cat {i}", "completion": "red"}) + "\n" for i in range(40)))
+    config = RunConfig(
+        model="m", tasks=[TaskConfig(name="t", data="a.jsonl", format="prompt_completion", metric=name)], method="seqft", output_dir="run"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_stream(config)
+    assert str(error.value).startswith(f"task 't': metric {name}: ") and said in str(error.value)
+
+
+def test_rouge_l_without_its_package_or_with_an_answer_it_cannot_read(tmp_path, monkeypatch):
+    data = tmp_path / "a.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"cat {i}", "completion": "红" if i == 7 else "red"}, ensure_ascii=False) + "\n" for i in range(40))
+    )
+    entry = TaskConfig(name="t", data=str(data), test=str(data), format="prompt_completion", metric="rouge_l")
+    config = RunConfig(model="m", tasks=[entry], method="seqft", output_dir="run")
+    with pytest.raises(
+        DataError, match=r"task 't': metric rouge_l: .*a.jsonl, line 8: ROUGE-L reads a-z and 0-9 only, so the answer '红' could never score"
+    ):
+        load_stream(config)
+    metric._rouge.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(DataError, match=r"metric rouge_l: it needs the package rouge-score, .* pip install 'forgetless\[eval\]'"):
+        load_stream(config)
+
+
+@pytest.mark.parametrize("name", ["choise", "rouge", "a.b", "mod:", ":f", "mod:f:g", "1mod:f", "mod:f()", ""])
+def test_no_such_metric(name):
+    with pytest.raises(ValidationError, match="there is no metric"):
+        TaskConfig(name="t", data="x", metric=name)
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(small_run, tmp_path):
+    """Two tasks with labels and one of free text by ROUGE-L."""
+    config = small_run("seqft", tasks=("colour", "animal"), evaluate={"limit": 8, "scorers": ["exact_match"]})
+    notes = [{"prompt": f"happy {w}", "completion": f"sad {w} calm"} for w in ("cat", "dog", "bird", "apple", "stone", "river") for _ in range(4)]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in notes))
+    notes = {
+        "name": "notes",
+        "data": str(tmp_path / "notes.jsonl"),
+        "test": str(tmp_path / "notes.jsonl"),
+        "format": "prompt_completion",
+        "metric": "rouge_l",
+    }
+    return config | {"tasks": [*config["tasks"], notes]}
+
+
+def test_the_headline_is_each_tasks_own_metric(mixed):
+    result = learn(mixed)
+    found = json.loads((result.path / "matrix.json").read_text())
+    assert list(found["scores"]) == list(found["metrics"]) == ["metric", "exact_match"] == list(result.matrices)
+    assert found["metric_of"] == {"colour": "choice", "animal": "choice", "notes": "rouge_l"}
+    assert result.matrix is result.matrices["metric"] and result.matrix.rows == found["scores"]["metric"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(result.path / "model").eval(), AutoTokenizer.from_pretrained(result.path / "model")
+    for j, config in enumerate(mixed["tasks"]):
+        from forgetless.tasks import sample
+
+        t = load_task(TaskConfig(**config))
+        rows = score_rows(model, tokenizer, t, sample(t.test, 8, 0), ["choice", "exact_match"])
+        own = [p.score("choice") if t.labels else metric.score("rouge_l", p.text, p.answer) for p in rows]
+        assert result.matrix.rows[2][j] == pytest.approx(sum(own) / len(own))
+    lines = [json.loads(line) for line in (result.path / "tasks/02-notes/predictions.jsonl").read_text().splitlines()]
+    assert sum(p["score"]["metric"] for p in lines if p["task"] == "notes") / 8 == pytest.approx(result.matrix.rows[2][2])
+
+
+def test_without_a_named_metric_there_is_no_such_scorer(mixed):
+    del mixed["tasks"][2]
+    result = learn(mixed)
+    assert list(result.matrices) == ["exact_match"] and "metric_of" not in json.loads((result.path / "matrix.json").read_text())
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_task_added_later_may_be_the_first_to_name_a_metric(mixed, unseen):
+    """What was scored before is not lost: a task that named none had one of the other scores."""
+    mixed["evaluate"] = {"limit": 8, "unseen": unseen}
+    first = learn(mixed | {"tasks": mixed["tasks"][:2]})
+    result = learn(mixed)
+    assert result.resumed_at == 2 and [row[:2] for row in result.matrix.rows[:2]] == [row[:2] for row in first.matrices["choice"].rows]
+    assert [row[2] is None for row in result.matrix.rows] == [True, True, False]
+    assert (result.matrix.before == [*first.matrices["choice"].before, None]) if unseen else (result.matrix.before is None)
+
+
+def test_the_metric_of_a_learned_task_may_not_change(mixed, tmp_path, monkeypatch):
+    learn(mixed)
+    for key, value in (("metric", "nll"), ("max_new_tokens", 3)):
+        changed = mixed | {"tasks": [*mixed["tasks"][:2], mixed["tasks"][2] | {key: value}]}
+        with pytest.raises(ConfigError, match=r"tasks.2 \('notes', already learned\) has other data or another prompt, metric or answer length"):
+            learn(changed)
+
+
+# -- words in place of labels ------------------------------------------------------------------------------------------------------------
+
+
+def worded(tmp_path, words, labels=("red", "green", "blue"), **kw) -> TaskConfig:
+    return TaskConfig(**write_task(tmp_path, "colour") | {"labels": list(labels) if labels else None, "label_words": words} | kw)
+
+
+def test_the_model_is_trained_and_scored_on_the_words(tmp_path, tokenizer):
+    plain, t = load_task(worded(tmp_path, None)), load_task(worded(tmp_path, {"red": "apple", "blue": "very sad"}))
+    assert t.labels == ["apple", "green", "very sad"]
+    said = {"red": "apple", "green": "green", "blue": "very sad"}
+    for split in ("train", "dev", "test"):
+        assert [e.answer for e in t.split(split)] == [said[e.answer] for e in plain.split(split)]
+        assert [e.text for e in t.split(split)] == [e.text for e in plain.split(split)]
+    row = next(e for e in t.train if e.answer == "very sad")
+    assert tokenizer.decode([i for i in t.encode(tokenizer, row)["labels"] if i != -100]) == "<unk> sad <eos>"
+    assert t.sha256 != plain.sha256
+
+
+def test_words_of_a_suite(tmp_path):
+    pytest.importorskip("vaderSentiment")
+    plain = load_task(TaskConfig(name="t", suite="demo/polarity"))
+    t = load_task(TaskConfig(name="t", suite="demo/polarity", label_words={plain.labels[0]: "apple"}))
+    assert t.labels == ["apple", *plain.labels[1:]] and {e.answer for e in t.train} == set(t.labels)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"rde": "apple"}, "label_words: 'rde' is not a label; did you mean 'red'?"),
+        ({"red": "blue"}, "label_words: 'red' and 'blue' would share the word 'blue'; words must differ"),
+        ({"red": "Apple", "blue": "apple "}, "label_words: 'red' and 'blue' would share the word 'apple'"),
+        ({"red": " "}, "label_words: the word for 'red' is empty"),
+    ],
+)
+@pytest.mark.parametrize("labels", [("red", "green", "blue"), None], ids=["named", "found in the data"])
+def test_words_that_make_no_sense(tmp_path, words, said, labels):
+    """When the config is read where it names the labels, else when the data is."""
+    with pytest.raises(ValidationError if labels else ConfigError) as error:
+        load_task(worded(tmp_path, words, labels))
+    assert "task 'colour': " in str(error.value) and (
+        said in str(error.value) or (not labels and "share" in said and "would share" in str(error.value))
+    )
+
+
+def test_words_swapped_are_words(tmp_path):
+    assert load_task(worded(tmp_path, {"red": "blue", "blue": "red"})).labels == ["blue", "green", "red"]
+
+
+def test_words_in_yaml(tmp_path):
+    entry = yaml.safe_load("{name: t, data: x, labels: [very negative, fine], label_words: {very negative: terrible}}")
+    assert TaskConfig(**entry).words(["very negative", "fine"]) == ["terrible", "fine"]
