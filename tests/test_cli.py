@@ -79,7 +79,7 @@ def test_methods_json(forgetless_):
     found = json.loads(out)
     assert status == 0 and [m["name"] for m in found] == list(REGISTRY)
     assert {"name", "summary", "paper", "kind", "constrained", "options"} <= found[0].keys()
-    assert next(m for m in found if m["name"] == "gorp")["options"]["rank"]["default"] == 8
+    assert next(m for m in found if m["name"] == "gorp")["options"]["energy"]["default"] == 0.95
 
 
 def test_init_writes_a_config_that_is_valid_and_keeps_what_is_there(here, forgetless_):
@@ -102,11 +102,11 @@ def test_doctor_of_a_config(here, forgetless_):
     status, out, _ = forgetless_("doctor", "first.yaml", "--json")
     found = json.loads(out)
     assert status == 0 and found["model"]["class"] == "LlamaForCausalLM" and found["method"]["options"]["energy"] == 0.95
-    assert len(found["method"]["trained_tensors"]) == 14 and found["bytes"]["optimizer_state"] < found["bytes"]["adamw_state_same_tensors"]
+    assert len(found["method"]["trained_tensors"]) == 14 and found["bytes"]["optimizer_state"] >= found["bytes"]["adamw_state_same_tensors"]  # dense
     assert [t["name"] for t in found["tasks"]] == ["colour", "animal"] and found["tasks"][0]["rows"]["test"] == 12
     assert not Path("run").exists()
     fewer = json.loads(forgetless_("doctor", "first.yaml", "method.rank=2", "--json")[1])
-    assert fewer["bytes"]["optimizer_state"] < found["bytes"]["optimizer_state"]
+    assert fewer["bytes"]["optimizer_state"] < 0.3 * found["bytes"]["optimizer_state"]
     status, out, _ = forgetless_("doctor", "first.yaml")
     assert status == 0 and re.search(r"^method  gorp trains [\d,]+ parameters in 14 tensors", out, re.M) and "task    animal: " in out
 

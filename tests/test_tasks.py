@@ -124,8 +124,8 @@ def test_left_padding_and_positions_do_not_change_the_loss(tiny, tokenizer):
     for r in rows:
         out = model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]]))
         singles.append(float(out.loss.detach()))
-    assert float(loss) == pytest.approx(sum(singles) / 3, rel=1e-5)
-    assert float(answer_loss(model, batch, num_items=12)[0]) == pytest.approx(sum(singles) * 2 / 12, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(sum(singles) / 3, rel=1e-5)
+    assert float(answer_loss(model, batch, num_items=12)[0].detach()) == pytest.approx(sum(singles) * 2 / 12, rel=1e-5)
 
 
 def test_dev_texts_that_are_trained_are_counted_too_and_a_limit_counts(tmp_path):
