@@ -188,6 +188,8 @@ class RunConfig(_Model):
     tasks: list[TaskConfig] = Field(min_length=1)
     watch: list[TaskConfig] = Field(default_factory=list)
     """Skills the model already has: measured before the first task and after each, never trained."""
+    protect_from: str | None = None
+    """Prompts (rows with a prompt, text or messages) whose input spaces are protected before the first task: what the model could do before."""
     method: MethodConfig
     train: dict[str, Any] = Field(default_factory=dict)
     """Passed to transformers.TrainingArguments under its own names."""

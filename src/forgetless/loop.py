@@ -26,6 +26,7 @@ from .lineage import RunFolder, model_sha256, write_atomic
 from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
+from .protect import encode, fingerprint, read_prompts
 from .record import (
     check_same_run,
     checkpoint_key,
@@ -70,15 +71,16 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     stream = load_stream(config)
     for warning in stream.warnings():
         progress.say(f"warning: {warning}")
+    prompts = read_prompts(config.protect_from) if config.protect_from else []
     with opened(config, stream) as (folder, done):
         if len(done) < len(stream):
-            learn(folder, config, stream, method, done, progress)
+            learn(folder, config, stream, method, done, prompts, progress)
         return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done), watched(folder, stream))
 
 
-def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
+def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], prompts: list, progress: Progress) -> None:
     """Every task of the stream that is not committed yet."""
-    model, tokenizer, memory = start(folder, config, stream, method, done, progress)
+    model, tokenizer, memory = start(folder, config, stream, method, done, prompts, progress)
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
         progress.tasks(index, len(stream))
@@ -157,7 +159,7 @@ def opened(config: RunConfig, stream: TaskStream) -> Iterator[tuple[RunFolder, l
             folder.close()
 
 
-def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress):
+def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], prompts: list, progress: Progress):
     """(model, tokenizer, memory) where the run stands: after the last committed task, or at the pretrained model."""
     source = str(folder.path / "tasks" / done[-1] / "model") if done else config.model
     model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code)
@@ -175,6 +177,12 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     elif distributed.is_main():
         for name in ("before.json", "watch.json"):
             (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
+    if prompts and not done:
+        progress.stage("protecting the inputs of protect_from", len(prompts))
+        method.protect(model, [encode(tokenizer, prompt) for prompt in prompts], memory, progress.advance)
+        memory.info["protect_from"] = {"prompts": len(prompts), "sha256": fingerprint(prompts)}
+        if space := method.report(memory):
+            progress.say(f"protected from {len(prompts)} prompts: {space['share']:.1%} of the input directions of {space['modules']} layers")
     if not done and (config.evaluate.unseen or stream.watch):
         before = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else 0, config, config.train["bf16"], progress)
         if config.evaluate.unseen and distributed.is_main():

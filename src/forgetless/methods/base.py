@@ -73,6 +73,12 @@ class Method:
         self.load_state_dict(state)
         return model
 
+    def protect(self, model: nn.Module, prompts: list[list[int]], memory: Memory, advance: Any = None) -> None:
+        """Before the first task: protect the input spaces of `prompts` (token ids), kept in `memory`. advance(done) is called after each prompt."""
+        raise ConfigError(
+            f"protect_from: method {self.name} keeps no protected input space; take protect_from out, or choose a method that has one, such as gorp"
+        )
+
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups for SubspaceAdamW. Parameters in none of them stay bit-identical."""
         raise NotImplementedError

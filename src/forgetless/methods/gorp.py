@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..adapters import LoraOptions, adapters, attach, detach, factors, family_modules, lora_layers
+from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
 from ..sketch import Sketch
 from ..subspace import Constraint, Subspace, coverage, extend, project_out, working_dtype
@@ -69,6 +70,8 @@ class GORPOptions(LoraOptions):
     """Largest space a module may have; beyond it the directions of least energy are given up, and said so."""
     sketch_size: int = Field(256, ge=8)
     """Directions the sketch keeps while a task trains."""
+    protect_energy: float = Field(0.9, gt=0, le=1)
+    """Share of the input energy of `protect_from`'s prompts that is protected before the first task."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +126,17 @@ class GORP(Method):
             with torch.no_grad():
                 factors(layer)[0].copy_(self.drawn[name])
         return model
+
+    def protect(self, model: nn.Module, prompts: list[list[int]], memory: Memory, advance: Any = None) -> None:
+        from ..protect import input_spaces
+
+        o = self.options
+        if self.space_side != "inputs" or not o.use_shared_space:
+            raise ConfigError("protect_from: protects input directions, which need use_shared_space and side: inputs or both")
+        layers = self.full_layers(model) | (lora_layers(model, o.lora_modules) if o.use_lora else {})
+        spaces = input_spaces(model, layers, prompts, o.protect_energy, size=o.sketch_size, max_rank=o.max_rank, advance=advance)
+        for name, space in spaces.items():
+            memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy
 
     def load_spaces(self, memory: Memory) -> None:
         names = {key.removesuffix(".basis") for key in memory.tensors if key.endswith(".basis")}

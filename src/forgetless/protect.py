@@ -1,0 +1,107 @@
+"""Protect what a model can do before anything is trained: the input spaces of given prompts (`protect_from`), for skills that nobody trained here.
+
+For each layer the prompts' input vectors x (one a token, brought to length 1, so that a few huge ones do not own the space) are summed up as sum x x^T; its leading
+directions, as many as hold the share `energy`, are the space. Later updates keep dW V = 0 there, as with the spaces of learned tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Collate, forward, is_seq2seq
+from .chat import parse
+from .errors import DataError, nearest
+from .rows import raw_rows, text_of
+from .sketch import Sketch
+from .subspace import Subspace, extend, working_dtype
+
+COLUMNS = ("messages", "prompt", "text", "sentence")
+MAX_TOKENS = 512  # a prompt's last ones
+
+
+def read_prompts(source: str) -> list[Any]:
+    """The prompts of a data source (rows.py says which there are): text, or messages, from the first of the columns messages, prompt, text, sentence a row has."""
+    prompts = []
+    for place, row in raw_rows(source, "protect_from"):
+        column = next((c for c in COLUMNS if isinstance(row, dict) and c in row), None)
+        if column is None:
+            raise DataError(
+                f"{place}: a prompt is a row with {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}{nearest('prompt', row) if isinstance(row, dict) else ''}"
+            )
+        prompts.append(parse(place, column, row[column]) if column == "messages" else text_of(place, column, row[column]))
+    if not prompts:
+        raise DataError(f"protect_from: {source} has no rows")
+    return prompts
+
+
+def fingerprint(prompts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()
+
+
+def encode(tokenizer, prompt: Any) -> list[int]:
+    """Token ids of a text, or of a conversation through the chat template, at most the last MAX_TOKENS."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids[-MAX_TOKENS:]
+    if not tokenizer.chat_template:
+        raise DataError("protect_from: the rows are conversations and the model's tokenizer has no chat template; give rows with a prompt or text")
+    ids = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in prompt], tokenize=True, return_dict=True)["input_ids"]
+    return list(ids)[-MAX_TOKENS:]
+
+
+@torch.inference_mode()
+def input_spaces(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    prompts: list[list[int]],
+    energy: float,
+    *,
+    size: int = 256,
+    max_rank: int | None = None,
+    advance=None,
+) -> dict[str, Subspace]:
+    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`}. advance(done) is called after each prompt."""
+    sketches: dict[str, Sketch] = {}
+    same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
+    last: list[Any] = [None, ""]
+
+    def hook(name: str):
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0] is last[0]:
+                same[name] = last[1]
+                return
+            last[:] = args[0], name
+            X = args[0].detach().reshape(-1, args[0].shape[-1])
+            if name not in sketches:
+                n = X.shape[1]  # inputs spread over more directions than gradients: half of them must fit
+                sketches[name] = Sketch(n, min(n, max(size, n // 2)), probes=64, seed=len(sketches))
+            X = X.to(working_dtype(X.dtype))
+            sketches[name].update(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny))
+
+        return see
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for done, ids in enumerate(prompts, 1):
+            batch = {"input_ids": torch.tensor([ids], device=device)}
+            if is_seq2seq(model):
+                batch["decoder_input_ids"] = torch.tensor([[Collate(model).first]], device=device)
+            forward(model, batch, logits_to_keep=1)
+            if advance:
+                advance(done)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    spaces = {}
+    for name, sketch in sketches.items():
+        sketch.compress()
+        space = Subspace.empty(sketch.n, sketch.rows.dtype, sketch.rows.device)
+        spaces[name] = extend(space, sketch.rows, energy, max_rank=max_rank, total=float(sketch.total))[0].to("cpu")
+    return spaces | {name: Subspace(spaces[other].basis.clone(), spaces[other].energy.clone()) for name, other in same.items()}

@@ -1,0 +1,107 @@
+"""protect_from: the input spaces of given prompts are closed before the first task."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import CHAT, make_model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import forgetless as fl
+from forgetless import models
+from forgetless.errors import ConfigError, DataError
+from forgetless.protect import encode, input_spaces, read_prompts
+from forgetless.subspace import coverage
+
+PROMPTS = ["cat sits", "dog runs happy", "red apple", "bird flies calm river"]
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def inputs_of(model, layer, ids) -> torch.Tensor:
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1])))
+    with torch.inference_mode():
+        for row in ids:
+            model(input_ids=torch.tensor([row]))
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_space_holds_the_share_and_no_direction_more(kind, tmp_path):
+    model, tokenizer = models.load(make_model_folder(tmp_path / "m", kind=kind))
+    layers = models.linear_modules(model)
+    ids = [encode(tokenizer, p) for p in PROMPTS]
+    spaces = input_spaces(model, layers, ids, 0.8)
+    assert spaces.keys() == layers.keys()
+    for name, layer in layers.items():
+        X = inputs_of(model, layer, ids)
+        X = X / X.norm(dim=1, keepdim=True)
+        best = torch.linalg.eigvalsh(X.T @ X).flip(0)
+        needed = int((best.cumsum(0) / best.sum() < 0.8).sum()) + 1
+        V = spaces[name].basis
+        assert coverage(X, V) == pytest.approx(0.8, abs=0.15) and coverage(X, V) >= 0.8 - 1e-5 and V.shape[1] == needed
+
+
+def test_what_the_prompts_use_does_not_move_in_the_first_task(small_run, tiny, tmp_path):
+    """All of the prompts' input energy protected: the model answers them as the untouched one does, layer by layer and as a whole."""
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    config = small_run({"name": "gorp", "protect_energy": 1.0}, tasks=("colour",))
+    ids = [encode(AutoTokenizer.from_pretrained(tiny), p) for p in PROMPTS]
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+
+    def moved(result) -> float:
+        after = AutoModelForCausalLM.from_pretrained(result.path / "model")
+        with torch.inference_mode():
+            return max(float((after(input_ids=torch.tensor([i])).logits - base(input_ids=torch.tensor([i])).logits).abs().max()) for i in ids)
+
+    kept = fl.run(config | {"protect_from": source, "output_dir": str(tmp_path / "kept")})
+    lost = fl.run(config | {"output_dir": str(tmp_path / "lost")})
+    assert moved(kept) < 1e-4 < 1e-2 < moved(lost)
+    info = json.loads((kept.path / "tasks/00-colour/state/method.json").read_text())["protect_from"]
+    assert info["prompts"] == 4 and len(info["sha256"]) == 64
+    events = [json.loads(line) for line in (kept.path / "timing.jsonl").read_text().splitlines()]
+    assert 0 < events[-1]["update_leak"] < 1e-5  # there was something to leak into, in the first task already
+
+
+def test_conversations_and_texts(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(make_model_folder(tmp_path / "m", chat_template=CHAT))
+    turns = [{"role": "user", "content": "cat sits"}, {"role": "assistant", "content": "red"}]
+    source = write(tmp_path / "p.jsonl", [{"messages": turns}, {"text": "dog runs"}, {"prompt": "bird", "completion": "blue"}])
+    prompts = read_prompts(source)
+    assert tokenizer.decode(encode(tokenizer, prompts[0])).split()[:4] == ["user", ":", "cat", "sits"]
+    assert prompts[1:] == ["dog runs", "bird"] and len(encode(tokenizer, "cat " * 2000)) == 512
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "error", "said"),
+    [
+        ([{"promt": "x"}], "gorp", DataError, "line 1: a prompt is a row with.*did you mean 'promt'|line 1: a prompt is a row with"),
+        ([{"prompt": ""}], "gorp", DataError, "line 1.*not empty"),
+        ([], "gorp", DataError, "has no rows"),
+        ([{"prompt": "cat"}], "seqft", ConfigError, "seqft keeps no protected input space"),
+        ([{"prompt": "cat"}], {"name": "gorp", "side": "outputs"}, ConfigError, "side: inputs or both"),
+        ([{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "red"}]}], "gorp", DataError, "no chat template"),
+    ],
+)
+def test_what_cannot_be_protected_is_refused(rows, method, error, said, small_run, tmp_path):
+    config = small_run(method, tasks=("colour",), protect_from=write(tmp_path / "p.jsonl", rows))
+    with pytest.raises(error, match=said):
+        fl.run(config)
+
+
+def test_a_first_task_that_goes_on_from_a_checkpoint_is_protected_too(small_run, tmp_path, monkeypatch):
+    from test_contract import Killed, kill_at
+
+    config = small_run("gorp", tasks=("colour",), protect_from=write(tmp_path / "p.jsonl", [{"prompt": p} for p in PROMPTS]), checkpoint_every=2)
+    whole = (fl.run(config | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        fl.run(config)
+    assert (fl.run(config).path / "lineage.jsonl").read_text() == whole
