@@ -455,6 +455,6 @@ def test_bad_groups_are_refused(group, message):
 
 def test_orthonormalize_and_rotate_are_what_the_optimizer_uses():
     """Guard the import: a copy of these in the optimizer would escape their tests."""
-    import forgetless.optim.subspace_adamw as module
+    import forgetless.optim.coordinates as module
 
     assert module.orthonormalize is orthonormalize and module.rotate_moments is rotate_moments

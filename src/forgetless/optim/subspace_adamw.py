@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..subspace import Constraint, orthonormalize, project_out, rotate_moments, tolerance, top_subspace, working_dtype
+from ..subspace import Constraint, working_dtype
+from . import coordinates
 
-REFRESH = ("cold", "warm", "exact", "svd")
-MOMENTS = ("rotate", "reset", "keep")
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
 NOT_SAVED = ("constraint", "names")
 
@@ -85,7 +84,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key, allowed in (("side", ("inputs", "outputs")), ("refresh", REFRESH), ("moments", MOMENTS)):
+        for key, allowed in (("side", coordinates.SIDES), ("refresh", coordinates.REFRESH), ("moments", coordinates.MOMENTS)):
             if group[key] not in allowed:
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
@@ -133,48 +132,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if constraint is not None:
                 G.copy_(constraint.permitted(G.to(dtype)))
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
-        G = _sided(group, G.to(dtype))
-        state = self.state[p]
-        if not state.get("updates", torch.zeros(())).item() % group["refresh_gap"] or "basis" not in state:
-            self._refresh(group, p, G, index)
-        if "basis" not in state:
-            return None  # no gradient yet, or nothing is permitted
-        return (G @ state["basis"]).contiguous()
-
-    def _refresh(self, group: dict[str, Any], p: Tensor, G: Tensor, index: int) -> None:
-        """Choose Q (n, r): top right singular directions of G (I - V V^T), orthonormal and orthogonal to V whatever the rank of G."""
-        constraint, state = group["constraint"], self.state[p]
-        V = _sided_basis(group, constraint)
-        n = G.shape[1]
-        r = min(group["rank"], n - (0 if V is None else V.shape[1]), *G.shape)
-        scale = torch.linalg.matrix_norm(G)
-        if r < 1 or not scale > 0:
-            return
-        P = project_out(G, V)
-        if not torch.linalg.matrix_norm(P) > tolerance(P.dtype) * scale:
-            return  # the whole gradient lies in the protected space
-        old = state.get("basis")
-        if group["refresh"] in ("svd", "exact"):
-            Q = top_subspace(P, r, "svd" if group["refresh"] == "svd" else "gram").basis
-        elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
-            Q = top_subspace(P, r, "power", start=old, iterations=1).basis
-        else:
-            # seeded by parameter and step, so that a resumed run draws the same numbers without saving a generator
-            step = int(state.get("updates", torch.zeros(())).item())
-            generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + index) * 1_000_003 + step) % 2**63)
-            start = torch.randn(n, min(2 * r, n), generator=generator, dtype=torch.float32).to(P.device, P.dtype)
-            Q = top_subspace(P, r, "power", start=start).basis
-        Q = orthonormalize(Q, against=V)
-        if Q.shape[1] == 0:
-            return
-        if old is not None and "exp_avg" in state:
-            M, v = state["exp_avg"], state["exp_avg_sq"]
-            if group["moments"] == "rotate":
-                state["exp_avg"], state["exp_avg_sq"] = rotate_moments(M, v, old, Q)
-            elif group["moments"] == "reset" or Q.shape != old.shape:  # "keep" has nothing to keep when the rank changed
-                state["exp_avg"], state["exp_avg_sq"] = M.new_zeros(M.shape[0], Q.shape[1]), M.new_zeros(M.shape[0], Q.shape[1])
-                state["step"] = torch.zeros_like(state["step"])
-        state["basis"] = Q
+        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index)
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if not self.max_grad_norm or not gradients:
@@ -211,24 +169,14 @@ class SubspaceAdamW(torch.optim.Optimizer):
         rate = float(group["lr"]) * group["lr_scale"] * group["weight_decay"]
         if group["rank"] is not None:
             delta.mul_(group["scale"])
-            Q, V = state["basis"], _sided_basis(group, constraint)
-            # Q is orthogonal to one side's basis by construction; whatever else is forbidden needs the dense update
-            covered = (
-                constraint is None or constraint.empty or (V is not None and constraint.forbid == "either" and _other_side(group, constraint) is None)
-            )
-            if covered and not rate:
-                D, B = (p, delta @ Q.mT) if p.dtype != dtype else (p, None)
-                if B is not None:
-                    p.add_(_unsided(group, B).to(p.dtype))
-                elif group["side"] == "inputs":
-                    D.addmm_(delta, Q.mT)
+            L, K = coordinates.factors(group, state, delta)
+            if coordinates.covers(group) and not rate:
+                if p.dtype == dtype:
+                    p.addmm_(L, K)
                 else:
-                    D.addmm_(Q, delta.mT)
-                if not self.track_leak or V is None or V.shape[1] == 0:
-                    return 0.0
-                norm = float(delta.double().norm())  # = ||delta Q^T||, Q orthonormal
-                return float((delta.double() @ (Q.mT.double() @ V.double())).norm()) / norm if norm > 0 else 0.0
-            delta = _unsided(group, delta @ Q.mT)
+                    p.add_((L @ K).to(p.dtype))
+                return coordinates.leak(group, state, delta) if self.track_leak else 0.0
+            delta = L @ K  # decay and whatever the coordinates do not keep out need the dense update
         if rate:
             delta = delta - rate * (p.to(dtype) - state["start"]) if "start" in state else delta - rate * p.to(dtype)
         if constraint is not None:
@@ -277,30 +225,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if group["rank"] is None:
                 total += 2 * p.numel() * size + 4
             else:
-                m, n = p.shape if group["side"] == "inputs" else p.shape[::-1]
-                V = _sided_basis(group, constraint)
-                r = min(group["rank"], n - (0 if V is None else V.shape[1]), m)
+                m, n, r = coordinates.sizes(group, p.shape)
                 total += (2 * m + n) * r * size + 4 + 8  # moments, basis, step, updates
             total += p.numel() * size if group["weight_decay"] and not self._plain(group, p) else 0
             total += sum(t.nbytes for t in (constraint.inputs, constraint.outputs, constraint.mask) if t is not None) if constraint is not None else 0
         return total
-
-
-def _sided(group: dict[str, Any], G: Tensor) -> Tensor:
-    """G with the side that is reduced last: (out, in) for "inputs", (in, out) for "outputs"."""
-    return G if group["side"] == "inputs" else G.mT
-
-
-def _unsided(group: dict[str, Any], D: Tensor) -> Tensor:
-    return D if group["side"] == "inputs" else D.mT
-
-
-def _sided_basis(group: dict[str, Any], constraint: Constraint | None) -> Tensor | None:
-    if constraint is None or constraint.forbid == "both":
-        return None
-    return constraint.inputs if group["side"] == "inputs" else constraint.outputs
-
-
-def _other_side(group: dict[str, Any], constraint: Constraint) -> Tensor | None:
-    V = constraint.outputs if group["side"] == "inputs" else constraint.inputs
-    return V if V is not None and V.shape[1] else (constraint.mask if constraint.mask is not None else None)
