@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from forgetless import Constraint, SubspaceAdamW, constrain
-from forgetless.evaluation.drift import leak_bound
+from forgetless.evaluation.drift import leak_bound, weight_leak
 from forgetless.optim.reference import ReferenceAdamW
+from forgetless.optim.rounding import stochastic_round
 from forgetless.subspace import leak, orthonormalize, rotate_moments
 
 GOLDEN = Path(__file__).parent / "golden" / "gorp"
@@ -318,6 +321,233 @@ def test_the_whole_zero_gradient_chooses_no_basis():
     assert opt.state[W]["basis"].shape == (N, 2)
 
 
+# -- precision: weights that are too coarse for their updates ----------------------------------------------------------------------------
+
+PRECISIONS = ("fp32_master", "stochastic_rounding", "kahan", "plain")
+COARSE = {  # what a group can be, for a bf16 weight of ROWS x COLUMNS
+    "plain": {},
+    "decay": dict(weight_decay=1.0),
+    "constraint": dict(inputs=6, outputs=8, weight_decay=1.0),
+    "rank": dict(rank=4, scale=4.0),
+    "rank-outputs": dict(rank=4, scale=4.0, side="outputs", weight_decay=1.0),
+    "rank-constraint": dict(rank=4, scale=4.0, inputs=6),
+    "rank-constraint-uncovered": dict(rank=4, scale=4.0, inputs=6, outputs=8),
+}
+ROWS, COLUMNS, STEPS, RATE = 64, 48, 300, 1e-4
+coarse = pytest.mark.parametrize("kind", COARSE)
+
+
+def coarse_start():
+    """In 1 to 2, where half an ulp is 2^-8 in bf16 and 2^-11 in fp16: over every update of the tests below."""
+    return 1.1 + 0.75 * torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+def coarse_optimizer(W, kind, precision="fp32_master", lr=RATE, **more):
+    group = dict(COARSE[kind]) | {"params": [W]}
+    dims = {"inputs": COLUMNS, "outputs": ROWS}
+    spaces = {side: basis(dims[side], group.pop(side), seed=4) for side in dims if side in group}
+    return SubspaceAdamW([group | {"constraint": Constraint(**spaces) if spaces else None}], lr=lr, precision=precision, **more)
+
+
+def steady_gradient(t):
+    """Bf16 numbers of rank 2 and little noise, so that the weight goes somewhere."""
+    G = rand(ROWS, 2, seed=50) @ rand(2, COLUMNS, seed=51) + 0.1 * rand(ROWS, COLUMNS, seed=1000 + t)
+    return G.to(torch.bfloat16)
+
+
+def run_coarse(kind, precision, dtype, steps=STEPS, **more):
+    """W after some steps from a start that both dtypes hold, and its optimizer."""
+    W = nn.Parameter(coarse_start().to(torch.bfloat16).to(dtype))
+    opt = coarse_optimizer(W, kind, precision, **more)
+    for t in range(steps):
+        W.grad = steady_gradient(t).to(dtype)
+        opt.step()
+    return W, opt
+
+
+@functools.cache
+def fp32_run(kind):
+    """The weight (ROWS, COLUMNS) after STEPS steps in fp32, and the length of the way each element went."""
+    X, opt = run_coarse(kind, "fp32_master", torch.float32, steps=0)
+    path = torch.zeros_like(X)
+    for t in range(STEPS):
+        before, X.grad = X.detach().clone(), steady_gradient(t).float()
+        opt.step()
+        path += (X.detach() - before).abs()
+    return X.detach(), path.detach()
+
+
+def displacement(W):
+    return W.detach().double() - coarse_start().to(torch.bfloat16).double()
+
+
+@coarse
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_coarse_weight_stalls_where_the_update_is_under_half_an_ulp(kind, dtype):
+    W, opt = run_coarse(kind, "plain", dtype)
+    assert torch.equal(displacement(W), torch.zeros(ROWS, COLUMNS, dtype=torch.float64))
+    assert not {"master", "compensation"} & set(opt.state[W])
+
+
+@coarse
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fp32_master_is_the_fp32_run_to_the_bit_and_the_weight_its_rounding(kind, dtype):
+    W, opt = run_coarse(kind, "fp32_master", dtype)
+    X, _ = fp32_run(kind)
+    master = opt.state[W]["master"]
+    assert master.dtype == torch.float32 and torch.equal(master, X)
+    assert torch.equal(W.detach(), X.to(dtype)) and float(displacement(W).norm()) > 0.1
+
+
+@coarse
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kahan_compensation_goes_where_fp32_goes(kind, dtype):
+    """Weight and compensation together hold 16 bits or more; what a step loses below them is small against these updates, and has no direction."""
+    W, opt = run_coarse(kind, "kahan", dtype)
+    X, _ = fp32_run(kind)
+    lost = opt.state[W]["compensation"]
+    D, expected = displacement(W) + lost.double(), displacement(X)
+    assert lost.dtype == torch.bfloat16
+    assert float((D - expected).norm() / expected.norm()) < 0.03
+    assert float((D * expected).sum() / (expected**2).sum()) == pytest.approx(1.0, abs=0.01)
+    assert float(lost.abs().max()) <= torch.finfo(dtype).eps / 2  # what is held back is at most half an ulp
+
+
+@coarse
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_goes_where_fp32_goes_in_the_mean(kind, dtype):
+    W, opt = run_coarse(kind, "stochastic_rounding", dtype)
+    assert not {"master", "compensation"} & set(opt.state[W])
+    X, path = fp32_run(kind)
+    D, expected = displacement(W), displacement(X)
+    # an update of u ulps is one ulp with probability u: a variance of u (1 - u) ulp^2 a step, at most path * ulp in the end
+    variance = path.double() * torch.finfo(dtype).eps
+    noise = float((expected**2 * variance).sum().sqrt() / (expected**2).sum())
+    assert float((D * expected).sum() / (expected**2).sum()) == pytest.approx(1.0, abs=4 * noise) and noise < 0.05
+    assert float((D - expected).mean()) == pytest.approx(0.0, abs=4 * float(variance.sum().sqrt()) / D.numel())
+    assert float(((D - expected) ** 2).sum()) < 1.1 * float(variance.sum())
+
+
+def test_the_draws_of_stochastic_rounding_are_independent_over_steps():
+    """Were consecutive seeds' numbers alike, the spread after n steps would not be that of n independent draws."""
+    W = nn.Parameter(torch.full((128, 64), 1.25, dtype=torch.bfloat16))
+    opt = SubspaceAdamW([W], lr=RATE, precision="stochastic_rounding")
+    for _ in range(STEPS):
+        W.grad = -torch.ones_like(W)
+        opt.step()
+    u = RATE * 2**7  # ulps a step
+    jumps = (W.detach().double() - 1.25) * 2**7
+    assert float(jumps.mean()) == pytest.approx(STEPS * u, abs=4 * math.sqrt(STEPS * u * (1 - u) / W.numel()))
+    assert float(jumps.var()) == pytest.approx(STEPS * u * (1 - u), rel=4 * math.sqrt(2 / W.numel()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "x", [1.001, -1.001, 0.9999, -0.9999, 3e-6, -3e-6, 1e-8, -1e-8, 1234.567]
+)  # fp16: 3e-6 is subnormal, 1e-8 under the smallest
+def test_stochastic_rounding_has_the_mean_of_what_it_rounds(x, dtype):
+    X = torch.full((200_000,), x)
+    rounded = stochastic_round(X, dtype, torch.Generator().manual_seed(0)).double()
+    low, high = sorted(set(rounded.tolist()))
+    near = torch.tensor(x).to(dtype)
+    ends = {float(torch.nextafter(near.float(), torch.tensor(s * math.inf)).to(dtype)) for s in (-1, 1)} | {float(near)}
+    assert low < x < high and float(near) in (low, high) and len(ends) == 1
+    spread = math.sqrt((high - x) * (x - low) / X.numel())
+    assert float(rounded.mean()) == pytest.approx(float(X[0].double()), abs=4 * spread)
+    assert stochastic_round(torch.tensor([(low + high) / 2]), dtype, torch.Generator().manual_seed(0)).item() in (low, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_leaves_alone_what_the_dtype_holds(dtype):
+    big = torch.finfo(dtype).max
+    x = torch.tensor([0.0, -0.0, 1.0, -2.0, 1.5, big, -big, math.inf, -math.inf, math.nan, torch.finfo(dtype).tiny])
+    rounded = stochastic_round(x, dtype, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rounded, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@coarse
+def test_precision_is_nothing_to_fp32_and_fp64_weights(kind, dtype, precision):
+    (W, opt), (X, other) = run_coarse(kind, precision, dtype, steps=12), run_coarse(kind, "fp32_master", dtype, steps=12)
+    assert torch.equal(W.detach(), X.detach()) and opt.state_bytes() == other.state_bytes() == opt.planned_bytes()
+    assert set(opt.state[W]) == set(other.state[X]) and not {"master", "compensation"} & set(opt.state[W])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@coarse
+def test_a_coarse_weight_continues_from_a_file_as_if_never_stopped(kind, dtype, precision):
+    W, opt = run_coarse(kind, precision, dtype, steps=13, lr=1e-2)
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    X = nn.Parameter(W.detach().clone())
+    again = coarse_optimizer(X, kind, precision, lr=1e-2)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert {k: (v.dtype, v.shape) for k, v in again.state[X].items()} == {k: (v.dtype, v.shape) for k, v in opt.state[W].items()}
+    for t in range(13, 30):
+        W.grad, X.grad = steady_gradient(t).to(dtype), steady_gradient(t).to(dtype)
+        opt.step()
+        again.step()
+    assert torch.equal(W, X) and not torch.equal(W, coarse_start().to(torch.bfloat16).to(dtype))
+    assert all(torch.equal(opt.state[W][k], v) for k, v in again.state[X].items())
+
+
+def test_other_seeds_and_other_tensors_round_differently():
+    def last(*tensors, seed=0):
+        opt = SubspaceAdamW(list(tensors), lr=RATE, precision="stochastic_rounding", seed=seed)
+        for t in range(20):
+            for W in tensors:
+                W.grad = steady_gradient(t)
+            opt.step()
+        return [W.detach() for W in tensors]
+
+    def fresh():
+        return nn.Parameter(coarse_start().to(torch.bfloat16))
+
+    first, second = last(fresh(), fresh())
+    (again,) = last(fresh())
+    (other,) = last(fresh(), seed=1)
+    assert torch.equal(first, again) and not torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_a_master_saved_with_a_bf16_weight_is_dropped_for_an_fp32_one():
+    """It would no longer move, and the weight leak would be measured on it."""
+    W, opt = run_coarse("constraint", "fp32_master", torch.bfloat16, steps=3)
+    X = nn.Parameter(W.detach().float())
+    again = coarse_optimizer(X, "constraint")
+    again.load_state_dict(opt.state_dict())
+    assert "master" not in again.state[X] and torch.equal(again.state[X]["exp_avg"], opt.state[W]["exp_avg"])
+
+
+def test_a_state_saved_before_an_option_existed_takes_the_programs():
+    W, opt = run_coarse("plain", "kahan", torch.bfloat16, steps=3)
+    saved = opt.state_dict()
+    del saved["param_groups"][0]["precision"]
+    again = coarse_optimizer(nn.Parameter(W.detach().clone()), "plain", "kahan")
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["precision"] == "kahan"
+
+
+@pytest.mark.parametrize("kind", [k for k in COARSE if "constraint" in k])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_leak_holds_for_coarse_weights_with_masters_and_not_without(kind, dtype):
+    leaks = {}
+    for precision in PRECISIONS:
+        W, opt = run_coarse(kind, precision, dtype, steps=0, lr=1e-2, max_grad_norm=0.5)
+        start, opt.track_leak = {W: W.detach().clone()}, True
+        for t in range(50):
+            W.grad = steady_gradient(t).to(dtype)
+            opt.step()
+            assert opt.update_leak < 1e-5
+        assert float(displacement(W).norm()) > 0.1
+        found = weight_leak(opt, start, 50)
+        leaks[precision] = found["leak"] / found["bound"]
+    assert leaks.pop("fp32_master") <= 1.0
+    assert min(leaks.values()) > 10.0  # round-off of the weight itself
+
+
 # -- constrain: any torch optimizer ----------------------------------------------------------------------------------------------------
 
 
@@ -399,18 +629,21 @@ def test_state_survives_a_file_loaded_with_weights_only_and_stays_fp32(dtype):
     assert all(torch.is_tensor(v) for s in again.state.values() for v in s.values())
 
 
-def test_planned_bytes_are_the_measured_ones():
-    W, X = weight(), weight(seed=8)
-    opt = SubspaceAdamW(
-        [
-            {"params": [W], "constraint": Constraint(inputs=basis(N, 3)), "rank": 4},
-            {"params": [X]},
-        ],
-        lr=1e-2,
-    )
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_planned_bytes_are_the_measured_ones(weight_decay, dtype, precision):
+    c = Constraint(inputs=basis(N, 3), outputs=basis(M, 2))
+    groups = [
+        {"constraint": c, "rank": 4}, {"constraint": c, "rank": 4, "side": "outputs"}, {"constraint": c}, {}, {"rank": 30},
+        {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
+    ]  # fmt: skip
+    weights = [[weight(dtype, seed=2 * i), weight(dtype, seed=2 * i + 1)] for i in range(len(groups))]
+    opt = SubspaceAdamW([{"params": W} | g for W, g in zip(weights, groups, strict=True)], lr=1e-2, precision=precision, weight_decay=weight_decay)
     planned = opt.planned_bytes()
     for t in range(12):
-        W.grad, X.grad = gradient(W, t), gradient(X, t)
+        for W in sum(weights, []):
+            W.grad = gradient(W, t)
         opt.step()
     assert opt.state_bytes() == planned
 
@@ -444,6 +677,7 @@ def test_the_update_rms_is_flat_across_a_refresh():
     [
         (dict(rank=0), "at least 1"), (dict(refresh="never"), "refresh='never'"), (dict(side="top"), "side='top'"), (dict(moments="forget"), "moments"),
         (dict(constraint=Constraint(inputs=basis(5, 2))), "dimension 5"), (dict(refresh_gap=0), "at least 1"),
+        (dict(precision="bf16"), "precision='bf16'; one of fp32_master"),
     ],
 )  # fmt: skip
 def test_bad_groups_are_refused(group, message):

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 
 from ..subspace import orthonormalize, project_out, rotate_moments, tolerance, top_subspace
+from .rounding import seeded
 
 SIDES = ("inputs", "outputs")
 REFRESH = ("cold", "warm", "exact", "svd")
 MOMENTS = ("rotate", "reset", "keep")
-
-
-def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for (seed, tensor, step): a resumed run draws the same numbers without saving one."""
-    folded = 0
-    for number in numbers:
-        folded = folded * 1_000_003 + number
-    return torch.Generator(device).manual_seed(folded % 2**63)
 
 
 def read(group: dict[str, Any], G: Tensor) -> Tensor:
@@ -86,6 +79,7 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
         Q = top_subspace(A, r, "power", start=old, iterations=1).basis
     else:
+        # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
         start = torch.randn(n, min(2 * r, n), generator=seeded(*seeds), dtype=torch.float32).to(A.device, A.dtype)
         Q = top_subspace(A, r, "power", start=start).basis
     Q = orthonormalize(Q, against=V)
