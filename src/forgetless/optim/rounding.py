@@ -1,9 +1,10 @@
-"""Adding an update to a weight that is too coarse for it: bf16 keeps 8 bits, so an update under half an ulp of W (2^-9 |W|) vanishes when W + dW is rounded.
+"""Adding an update to a weight that is too coarse for it: bf16 keeps 8 bits, so an update under half an ulp of W (at most 2^-8 |W|) vanishes when W + dW is rounded.
 
 `precision` of a parameter group chooses what to do about it. It has no effect on fp32 and fp64 weights, and costs them nothing.
 - "fp32_master": state["master"] is the weight in fp32; updates go to it and the weight is its rounding. 4 bytes an element; the run is the fp32 run, rounded.
 - "stochastic_rounding": W + dW is rounded up or down with probabilities that make its mean exact. No bytes an element; the noise of one ulp a step adds up.
-- "kahan": state["compensation"], in bf16, holds what the last rounding lost and joins the next update. 2 bytes an element; about 16 bits together.
+- "kahan": state["compensation"], in bf16, holds what the last rounding lost and joins the next update. 2 bytes an element. Together they hold 16 bits or
+  more, so an update under 2^-17 of the weight can still vanish.
 - "plain": W + dW as it comes.
 """
 

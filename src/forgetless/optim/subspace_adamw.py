@@ -4,8 +4,9 @@ Three kinds of tensor, in any mixture, chosen by the parameter group:
 - plain: nothing set. torch's AdamW, to the bit.
 - `constraint`: dense Adam; the part of the finished step that the Constraint forbids is removed AFTER Adam's division. (Projecting the gradient only
   leaks: dividing by sqrt(v) element by element does not commute with a projection. tests/test_optim.py shows it on the authors' own numbers: over a tenth.)
-- `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507; GORP eq. 3-4), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T.
-  With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise operation on R can reach the protected space.
+- `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T; or on
+  both sides, R = P^T G Q and dW = -lr * P step(R) Q^T (GORP eq. 3-4). With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise
+  operation on R can reach the protected space; P likewise on the outputs (coordinates.py).
 
 Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), also for bf16 and fp16 weights, whose own coarseness is `precision`'s matter
 (rounding.py); all state loads with weights_only=True. Not for: sparse gradients, complex weights, tensors that are not matrices with a rank or a basis.
@@ -34,9 +35,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
         params: tensors or parameter groups. A group may carry, beside lr, betas, eps and weight_decay:
             constraint (Constraint, optional): where the update must not go.
             rank (int, optional): keep the state in this many directions; None is dense.
-            side (str): "inputs" (R = G Q, Q in x r) or "outputs" (R = Q^T G, Q out x r).
-            refresh_gap (int): steps between two choices of Q.
+            side (str): "inputs" (R = G Q, Q in x r; state (2 out + in) r), "outputs" (R = Q^T G, Q out x r; (2 in + out) r), or "both" (R = P^T G Q,
+                P out x r, Q in x r; (2 r + out + in) r).
+            refresh_gap (int): steps between two choices of Q, and P.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
+                With both sides, P is what G Q points along.
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
             scale (float): multiplies the low-rank step (GaLore's alpha).
             lr_scale (float): multiplies lr for this group, so that one scheduler reaches groups with different rates.
@@ -240,8 +243,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if group["rank"] is None:
                 total += 2 * p.numel() * size + 4  # moments, step
             else:
-                m, n, r = coordinates.sizes(group, p.shape)
-                total += (2 * m + n) * r * size + 4  # moments, basis, step
+                total += coordinates.elements(group, p.shape) * size + 4  # moments, bases, step
             total += 8 if group["rank"] is not None or rounding.counts_updates(p, group["precision"]) else 0  # updates
             total += p.numel() * size if self._keeps_start(group) else 0
             total += rounding.planned_bytes(p, group["precision"])
