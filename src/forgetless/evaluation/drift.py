@@ -85,7 +85,8 @@ def weight_leak(optimizer: torch.optim.Optimizer, start: dict[Tensor, Tensor], s
     """The worst module's ||forbidden part of W - W_start|| / ||W - W_start||, with its bound; None where nothing is constrained.
 
     Bound on the norm: 1e-5 ||dW|| + 2^-24 sqrt(steps b / in) ||W||: the second term is the rounding of `steps` additions in fp32 (eps/2 a step, a random walk,
-    of which b of `in` directions are looked at).
+    of which b of `in` directions are looked at). W is the fp32 master where the optimizer keeps one: rounding it into a bf16 weight is not counted. A bf16 weight
+    without a master is measured as it is, and is over the bound.
     """
     worst = None
     for group in optimizer.param_groups:
@@ -93,11 +94,12 @@ def weight_leak(optimizer: torch.optim.Optimizer, start: dict[Tensor, Tensor], s
         if constraint is None or constraint.empty:
             continue
         for p in group["params"]:
-            D = p.detach().double() - start[p].double()
+            W = optimizer.state.get(p, {}).get("master", p.detach())
+            D = W.double() - start[p].double()
             size = float(D.norm())
             if size == 0:
                 continue
-            bound = leak_bound(constraint, p, size, steps)
+            bound = leak_bound(constraint, W, size, steps)
             part = constraint.to(D.device, torch.float64).forbidden_norm(D)
             entry = {"leak": part / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
             if worst is None or entry["leak"] / entry["bound"] > worst["leak"] / worst["bound"]:

@@ -11,25 +11,32 @@ from ..subspace import Constraint, project_out
 class ReferenceAdamW:
     """One weight, full matrices: AdamW (Loshchilov & Hutter, 2019), the state in r directions where `rank` is set, the forbidden part of the step removed.
 
-    W: (out, in), changed in place by step(G). `basis_of(P)` gives Q (in, r) from the permitted gradient P: exact SVD by default.
+    W: (out, in), changed in place by step(G). side "inputs": the state is out x r, in the directions Q (in, r); "both": r x r, in P (out, r) and Q.
+    tolerance: entries of an r x r R below this share of its largest are round-off.
     """
 
     def __init__(self, W: Tensor, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, constraint: Constraint | None = None,
-                 rank: int | None = None, refresh_gap: int = 10, moments: str = "rotate", scale: float = 1.0):  # fmt: skip
+                 rank: int | None = None, refresh_gap: int = 10, moments: str = "rotate", scale: float = 1.0, side: str = "inputs",
+                 tolerance: float = 1e-12):  # fmt: skip
         self.W, self.W_start = W, W.clone()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.constraint, self.rank, self.refresh_gap, self.moments, self.scale = constraint, rank, refresh_gap, moments, scale
+        self.side, self.tolerance = side, tolerance
         self.t = self.updates = 0
-        self.Q = self.M = self.v = None
+        self.P = self.Q = self.M = self.v = None
 
     def step(self, G: Tensor) -> Tensor:
         """Apply one step for the gradient G (out, in); returns the change made, dW."""
-        P = G if self.constraint is None else self.constraint.permitted(G)
-        R = P
+        permitted = G if self.constraint is None else self.constraint.permitted(G)
+        R = permitted
         if self.rank is not None:
             if self.updates % self.refresh_gap == 0:
                 self.refresh(G)
-            R = G @ self.Q  # = P Q: Q is orthogonal to the protected inputs
+            if self.side == "both":
+                R = self.P.mT @ permitted @ self.Q
+                R = torch.where(R.abs() > self.tolerance * R.abs().max(), R, torch.zeros_like(R))
+            else:
+                R = G @ self.Q  # = permitted Q where the inputs are protected: Q is orthogonal to them
         if self.M is None:
             self.M, self.v = torch.zeros_like(R), torch.zeros_like(R)
         self.t += 1
@@ -38,7 +45,12 @@ class ReferenceAdamW:
         self.M = b1 * self.M + (1 - b1) * R
         self.v = b2 * self.v + (1 - b2) * R * R
         step = (self.M / (1 - b1**self.t)) / ((self.v / (1 - b2**self.t)).sqrt() + self.eps)
-        D = -self.lr * step if self.rank is None else -self.lr * self.scale * step @ self.Q.mT
+        if self.rank is None:
+            D = -self.lr * step
+        elif self.side == "both":
+            D = -self.lr * self.scale * self.P @ step @ self.Q.mT
+        else:
+            D = -self.lr * self.scale * step @ self.Q.mT
         if self.constraint is None and self.rank is None:
             D = D - self.lr * self.weight_decay * self.W
         else:
@@ -49,14 +61,25 @@ class ReferenceAdamW:
         return D
 
     def refresh(self, G: Tensor) -> None:
-        V = None if self.constraint is None else self.constraint.inputs
-        Q = torch.linalg.svd(project_out(G, V), full_matrices=False).Vh[: self.rank].mT
-        if self.Q is not None:
+        """New directions from G (out, in) by an exact SVD."""
+        if self.side == "both":
+            U, _, Vh = torch.linalg.svd(G if self.constraint is None else self.constraint.permitted(G), full_matrices=False)
+            self.change(Vh[: self.rank].mT, U[:, : self.rank])
+        else:
+            V = None if self.constraint is None else self.constraint.inputs
+            self.change(torch.linalg.svd(project_out(G, V), full_matrices=False).Vh[: self.rank].mT)
+
+    def change(self, Q: Tensor, P: Tensor | None = None) -> None:
+        """From the old directions to Q (in, r) and P (out, r), with what becomes of the moments."""
+        if self.Q is not None and self.moments == "rotate":
             O = self.Q.mT @ Q
-            if self.moments == "rotate":
-                mean = self.v.mean(1, keepdim=True)
-                self.M, self.v = self.M @ O, self.v @ (O * O) + mean * (1 - (O * O).sum(0))
-            elif self.moments == "reset":
-                self.M = self.v = None
-                self.t = 0
-        self.Q = Q
+            mean = self.v.mean(1, keepdim=True)
+            self.M, self.v = self.M @ O, self.v @ (O * O) + mean * (1 - (O * O).sum(0))
+            if P is not None:  # the same for the rows
+                O = self.P.mT @ P
+                mean = self.v.mean(0, keepdim=True)
+                self.M, self.v = O.mT @ self.M, (O * O).mT @ self.v + (1 - (O * O).sum(0))[:, None] * mean
+        elif self.Q is not None and self.moments == "reset":
+            self.M = self.v = None
+            self.t = 0
+        self.P, self.Q = P, Q

@@ -4,11 +4,12 @@ Three kinds of tensor, in any mixture, chosen by the parameter group:
 - plain: nothing set. torch's AdamW, to the bit.
 - `constraint`: dense Adam; the part of the finished step that the Constraint forbids is removed AFTER Adam's division. (Projecting the gradient only
   leaks: dividing by sqrt(v) element by element does not commute with a projection. tests/test_optim.py shows it on the authors' own numbers: over a tenth.)
-- `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507; GORP eq. 3-4), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T.
-  With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise operation on R can reach the protected space.
+- `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T; or on
+  both sides, R = P^T G Q and dW = -lr * P step(R) Q^T (GORP eq. 3-4). With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise
+  operation on R can reach the protected space; P likewise on the outputs (coordinates.py).
 
-All state is per-parameter tensors in fp32 (fp64 for fp64 weights), also for bf16 weights, and loads with weights_only=True. Not for: sparse gradients, complex
-weights, tensors that are not matrices with a rank or a basis.
+Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), also for bf16 and fp16 weights, whose own coarseness is `precision`'s matter
+(rounding.py); all state loads with weights_only=True. Not for: sparse gradients, complex weights, tensors that are not matrices with a rank or a basis.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..subspace import Constraint, orthonormalize, project_out, rotate_moments, tolerance, top_subspace, working_dtype
+from ..subspace import Constraint, working_dtype
+from . import coordinates, rounding
 
-REFRESH = ("cold", "warm", "exact", "svd")
-MOMENTS = ("rotate", "reset", "keep")
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
 NOT_SAVED = ("constraint", "names")
 
@@ -35,18 +35,24 @@ class SubspaceAdamW(torch.optim.Optimizer):
         params: tensors or parameter groups. A group may carry, beside lr, betas, eps and weight_decay:
             constraint (Constraint, optional): where the update must not go.
             rank (int, optional): keep the state in this many directions; None is dense.
-            side (str): "inputs" (R = G Q, Q in x r) or "outputs" (R = Q^T G, Q out x r).
-            refresh_gap (int): steps between two choices of Q.
+            side (str): "inputs" (R = G Q, Q in x r; state (2 out + in) r), "outputs" (R = Q^T G, Q out x r; (2 in + out) r), or "both" (R = P^T G Q,
+                P out x r, Q in x r; (2 r + out + in) r).
+            refresh_gap (int): steps between two choices of Q, and P.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
+                With both sides, P is what G Q points along.
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
             scale (float): multiplies the low-rank step (GaLore's alpha).
             lr_scale (float): multiplies lr for this group, so that one scheduler reaches groups with different rates.
+            precision (str): as below, for this group.
         lr: step size. betas, eps: as in torch.optim.AdamW.
         weight_decay: plain tensors decay toward zero; constrained or low-rank ones toward their value at the optimizer's creation (the task's start),
             inside the permitted directions: decay toward zero would itself be forgetting.
+        precision: what becomes of updates too small for a bf16 or fp16 weight; no effect on fp32 and fp64 ones. "fp32_master" (4 bytes an element: the weight is
+            the rounding of an fp32 copy, made at its first step; what else writes to the weight later is overwritten), "stochastic_rounding" (none; up or
+            down at random, right in the mean), "kahan" (2 bytes: what rounding lost joins the next update), "plain" (updates under half an ulp vanish).
         max_grad_norm: clip the global norm of the gradients AS USED (after projection, in the r coordinates for low-rank tensors); None or 0 never clips.
             The gradients of constrained tensors are replaced by their permitted part in p.grad.
-        seed: of the random starts of "cold".
+        seed: of the random starts of "cold", and of stochastic rounding.
 
     `track_leak = True` makes each step measure the largest ||forbidden part|| / ||update|| over its tensors into `update_leak` (a small extra product a tensor).
 
@@ -66,12 +72,13 @@ class SubspaceAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        precision: str = "fp32_master",
         max_grad_norm: float | None = None,
         seed: int = 0,
     ):
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, side="inputs",
-            refresh_gap=10, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, names=None,
+            refresh_gap=10, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
         )  # fmt: skip
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
@@ -85,7 +92,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key, allowed in (("side", ("inputs", "outputs")), ("refresh", REFRESH), ("moments", MOMENTS)):
+        options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, precision=rounding.PRECISIONS)
+        for key, allowed in options.items():
             if group[key] not in allowed:
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
@@ -97,12 +105,12 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if constraint is not None:
                 constraint.check(p.shape)
                 group["constraint"] = constraint = constraint.to(p.device, working_dtype(p.dtype))
-            if group["weight_decay"] and (group["rank"] is not None or constraint is not None):
+            if self._keeps_start(group):
                 self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
 
     @staticmethod
-    def _plain(group: dict[str, Any], p: Tensor) -> bool:
-        return group["rank"] is None and group["constraint"] is None and working_dtype(p.dtype) == p.dtype
+    def _keeps_start(group: dict[str, Any]) -> bool:
+        return bool(group["weight_decay"]) and (group["rank"] is not None or group["constraint"] is not None)
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -112,11 +120,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        used = [(group, p, self._gradient(group, p, i)) for i, (group, p) in enumerate(self._each()) if p.grad is not None]
-        used = [(group, p, R) for group, p, R in used if R is not None]
-        self._clip([R for _, _, R in used])
-        leaks = [self._update(group, p, R) for group, p, R in used]
-        constrained = any(group["constraint"] is not None and not group["constraint"].empty for group, _, _ in used)
+        used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None]
+        used = [(group, p, R, i) for group, p, R, i in used if R is not None]
+        self._clip([R for _, _, R, _ in used])
+        leaks = [self._update(group, p, R, i) for group, p, R, i in used]
+        constrained = any(group["constraint"] is not None and not group["constraint"].empty for group, *_ in used)
         self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
         return loss
 
@@ -131,50 +139,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
         dtype, constraint = working_dtype(p.dtype), group["constraint"]
         if group["rank"] is None:
             if constraint is not None:
-                G.copy_(constraint.permitted(G.to(dtype)))
+                permitted = constraint.permitted(G.to(dtype))
+                G.copy_(permitted)
+                G = permitted if G.dtype != dtype else G  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
-        G = _sided(group, G.to(dtype))
-        state = self.state[p]
-        if not state.get("updates", torch.zeros(())).item() % group["refresh_gap"] or "basis" not in state:
-            self._refresh(group, p, G, index)
-        if "basis" not in state:
-            return None  # no gradient yet, or nothing is permitted
-        return (G @ state["basis"]).contiguous()
-
-    def _refresh(self, group: dict[str, Any], p: Tensor, G: Tensor, index: int) -> None:
-        """Choose Q (n, r): top right singular directions of G (I - V V^T), orthonormal and orthogonal to V whatever the rank of G."""
-        constraint, state = group["constraint"], self.state[p]
-        V = _sided_basis(group, constraint)
-        n = G.shape[1]
-        r = min(group["rank"], n - (0 if V is None else V.shape[1]), *G.shape)
-        scale = torch.linalg.matrix_norm(G)
-        if r < 1 or not scale > 0:
-            return
-        P = project_out(G, V)
-        if not torch.linalg.matrix_norm(P) > tolerance(P.dtype) * scale:
-            return  # the whole gradient lies in the protected space
-        old = state.get("basis")
-        if group["refresh"] in ("svd", "exact"):
-            Q = top_subspace(P, r, "svd" if group["refresh"] == "svd" else "gram").basis
-        elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
-            Q = top_subspace(P, r, "power", start=old, iterations=1).basis
-        else:
-            # seeded by parameter and step, so that a resumed run draws the same numbers without saving a generator
-            step = int(state.get("updates", torch.zeros(())).item())
-            generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + index) * 1_000_003 + step) % 2**63)
-            start = torch.randn(n, min(2 * r, n), generator=generator, dtype=torch.float32).to(P.device, P.dtype)
-            Q = top_subspace(P, r, "power", start=start).basis
-        Q = orthonormalize(Q, against=V)
-        if Q.shape[1] == 0:
-            return
-        if old is not None and "exp_avg" in state:
-            M, v = state["exp_avg"], state["exp_avg_sq"]
-            if group["moments"] == "rotate":
-                state["exp_avg"], state["exp_avg_sq"] = rotate_moments(M, v, old, Q)
-            elif group["moments"] == "reset" or Q.shape != old.shape:  # "keep" has nothing to keep when the rank changed
-                state["exp_avg"], state["exp_avg_sq"] = M.new_zeros(M.shape[0], Q.shape[1]), M.new_zeros(M.shape[0], Q.shape[1])
-                state["step"] = torch.zeros_like(state["step"])
-        state["basis"] = Q
+        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index)
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if not self.max_grad_norm or not gradients:
@@ -185,55 +154,53 @@ class SubspaceAdamW(torch.optim.Optimizer):
         for R in gradients:
             R.mul_(factor.to(R.device, R.dtype))
 
-    def _update(self, group: dict[str, Any], p: Tensor, R: Tensor) -> float:
+    def _update(self, group: dict[str, Any], p: Tensor, R: Tensor, index: int) -> float:
         """Adam on R, then the weight. Returns the leak of the update as computed, before it is rounded into the weight."""
-        state, dtype = self.state[p], working_dtype(p.dtype)
+        state = self.state[p]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=R.device)  # where the fused kernels want it
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
-        if group["rank"] is not None:
+        if group["rank"] is not None or rounding.counts_updates(p, group["precision"]):
             state["updates"] = state.get("updates", torch.zeros((), dtype=torch.int64)) + 1
-        plain = self._plain(group, p)
+        rounding.prepare(p, state, group["precision"])
+        W = rounding.exact(p, state)
         # everything but a plain tensor steps a zero buffer first: the buffer IS the update, so it can be projected, lifted, scaled and measured
-        target = p if plain and p.is_contiguous() else torch.zeros_like(R)
+        plain = group["rank"] is None and group["constraint"] is None and W is not None and W.is_contiguous()
+        target = W if plain else torch.zeros_like(R)
         adamw(
             [target], [R], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
             fused=R.dtype != torch.float64 and R.device.type in ("cpu", "cuda"), foreach=False, amsgrad=False, maximize=False,
             beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            lr=float(group["lr"]) * group["lr_scale"], weight_decay=group["weight_decay"] if target is p else 0.0,
+            lr=float(group["lr"]) * group["lr_scale"], weight_decay=group["weight_decay"] if plain else 0.0,
         )  # fmt: skip
-        if target is p:
+        if plain:
+            rounding.settle(p, W)
             return 0.0
-        return self._apply(group, p, target, dtype)
+        return self._apply(group, p, target, index)
 
-    def _apply(self, group: dict[str, Any], p: Tensor, delta: Tensor, dtype: torch.dtype) -> float:
+    def _apply(self, group: dict[str, Any], p: Tensor, delta: Tensor, index: int) -> float:
+        """Lift the step to the weight's shape, decay, take off what is forbidden, add it to the weight. Returns the leak."""
         state, constraint = self.state[p], group["constraint"]
         rate = float(group["lr"]) * group["lr_scale"] * group["weight_decay"]
+        seeds = (self.seed, index, int(state.get("updates", 0)), 1)
         if group["rank"] is not None:
             delta.mul_(group["scale"])
-            Q, V = state["basis"], _sided_basis(group, constraint)
-            # Q is orthogonal to one side's basis by construction; whatever else is forbidden needs the dense update
-            covered = (
-                constraint is None or constraint.empty or (V is not None and constraint.forbid == "either" and _other_side(group, constraint) is None)
-            )
-            if covered and not rate:
-                D, B = (p, delta @ Q.mT) if p.dtype != dtype else (p, None)
-                if B is not None:
-                    p.add_(_unsided(group, B).to(p.dtype))
-                elif group["side"] == "inputs":
-                    D.addmm_(delta, Q.mT)
+            L, K = coordinates.factors(group, state, delta)
+            if coordinates.covers(group) and not rate:
+                W = rounding.exact(p, state)
+                if W is None:
+                    rounding.add(p, L @ K, state, group["precision"], seeds)
                 else:
-                    D.addmm_(Q, delta.mT)
-                if not self.track_leak or V is None or V.shape[1] == 0:
-                    return 0.0
-                norm = float(delta.double().norm())  # = ||delta Q^T||, Q orthonormal
-                return float((delta.double() @ (Q.mT.double() @ V.double())).norm()) / norm if norm > 0 else 0.0
-            delta = _unsided(group, delta @ Q.mT)
+                    W.addmm_(L, K)
+                    rounding.settle(p, W)
+                return coordinates.leak(group, state, delta) if self.track_leak else 0.0
+            delta = L @ K  # decay and whatever the coordinates do not keep out need the dense update
         if rate:
-            delta = delta - rate * (p.to(dtype) - state["start"]) if "start" in state else delta - rate * p.to(dtype)
+            W = rounding.value(p, state)
+            delta = delta - rate * (W - state["start"]) if "start" in state else delta - rate * W
         if constraint is not None:
             delta = constraint.permitted(delta)
-        p.add_(delta.to(p.dtype))
+        rounding.add(p, delta, state, group["precision"], seeds)
         if not self.track_leak or constraint is None:
             return 0.0
         norm = float(delta.double().norm())
@@ -248,59 +215,44 @@ class SubspaceAdamW(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept = [{k: group[k] for k in NOT_SAVED} for group in self.param_groups]
+        """As torch's: options come from `state_dict`, but for constraints and names; an option it does not know yet keeps its value."""
+        kept = self.param_groups
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        # torch casts floating state to the weight's dtype; bf16 moments and bases would be ruin, so put the saved values back
-        order = [p for group in self.param_groups for p in group["params"]]
+            group.update({k: v for k, v in own.items() if k in NOT_SAVED or k not in group})
+        # torch casts floating state to the weight's dtype; bf16 moments, bases and masters would be ruin, so put the saved values back
+        order = [p for _, p in self._each()]
         for index, values in state_dict["state"].items():
             p = order[index]
             for key, value in values.items():
                 if torch.is_tensor(value):
                     self.state[p][key] = value.detach().clone().to(p.device)
+            if not rounding.is_coarse(p):  # saved with a bf16 weight: an fp32 one needs neither, and a master that no longer moves would be believed
+                self.state[p].pop("master", None)
+                self.state[p].pop("compensation", None)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors and bases of constraints, each storage once."""
-        tensors = [t for state in self.state.values() for t in state.values() if torch.is_tensor(t)]
-        for group in self.param_groups:
-            c = group["constraint"]
-            tensors += [t for t in ((c.inputs, c.outputs, c.mask) if c is not None else ()) if t is not None]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return _storage_bytes([t for state in self.state.values() for t in state.values() if torch.is_tensor(t)] + self._constraint_tensors())
 
     def planned_bytes(self) -> int:
         """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing)."""
-        total = 0
+        total = _storage_bytes(self._constraint_tensors())
         for group, p in self._each():
-            size = 8 if p.dtype == torch.float64 else 4
-            constraint = group["constraint"]
+            size = working_dtype(p.dtype).itemsize
             if group["rank"] is None:
-                total += 2 * p.numel() * size + 4
+                total += 2 * p.numel() * size + 4  # moments, step
             else:
-                m, n = p.shape if group["side"] == "inputs" else p.shape[::-1]
-                V = _sided_basis(group, constraint)
-                r = min(group["rank"], n - (0 if V is None else V.shape[1]), m)
-                total += (2 * m + n) * r * size + 4 + 8  # moments, basis, step, updates
-            total += p.numel() * size if group["weight_decay"] and not self._plain(group, p) else 0
-            total += sum(t.nbytes for t in (constraint.inputs, constraint.outputs, constraint.mask) if t is not None) if constraint is not None else 0
+                total += coordinates.elements(group, p.shape) * size + 4  # moments, bases, step
+            total += 8 if group["rank"] is not None or rounding.counts_updates(p, group["precision"]) else 0  # updates
+            total += p.numel() * size if self._keeps_start(group) else 0
+            total += rounding.planned_bytes(p, group["precision"])
         return total
 
-
-def _sided(group: dict[str, Any], G: Tensor) -> Tensor:
-    """G with the side that is reduced last: (out, in) for "inputs", (in, out) for "outputs"."""
-    return G if group["side"] == "inputs" else G.mT
-
-
-def _unsided(group: dict[str, Any], D: Tensor) -> Tensor:
-    return D if group["side"] == "inputs" else D.mT
+    def _constraint_tensors(self) -> list[Tensor]:
+        constraints = [group["constraint"] for group in self.param_groups if group["constraint"] is not None]
+        return [t for c in constraints for t in (c.inputs, c.outputs, c.mask) if t is not None]
 
 
-def _sided_basis(group: dict[str, Any], constraint: Constraint | None) -> Tensor | None:
-    if constraint is None or constraint.forbid == "both":
-        return None
-    return constraint.inputs if group["side"] == "inputs" else constraint.outputs
-
-
-def _other_side(group: dict[str, Any], constraint: Constraint) -> Tensor | None:
-    V = constraint.outputs if group["side"] == "inputs" else constraint.inputs
-    return V if V is not None and V.shape[1] else (constraint.mask if constraint.mask is not None else None)
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

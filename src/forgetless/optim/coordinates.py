@@ -1,0 +1,147 @@
+"""Coordinates for low-rank state: which directions a weight's gradient is read in, when they are chosen anew, and how a step in them goes back to the weight.
+
+    R = G Q          dW = step(R) Q^T         Q (n, r): top right singular directions of the permitted gradient (GaLore, arXiv 2403.03507)
+    R = P^T G Q      dW = P step(R) Q^T       side "both": P (m, r) its top left ones, R (r, r)                 (GORP, arXiv 2507.02503, eq. 3-4)
+
+P and Q are orthogonal to what the constraint protects on their side, so dW is, whatever an optimizer does to R element by element.
+
+Functions of a parameter group and of one tensor's state ("basis" is Q, "basis_left" P, and Adam's moments where they exist). The gradient is read with the
+side that Q reduces last: G (out, in) for "inputs" and "both", its transpose for "outputs"; (m, n) below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace import orthonormalize, project_out, rotate_moments, tolerance, top_subspace
+from .rounding import seeded
+
+SIDES = ("inputs", "outputs", "both")
+REFRESH = ("cold", "warm", "exact", "svd")
+MOMENTS = ("rotate", "reset", "keep")
+
+
+def read(group: dict[str, Any], G: Tensor) -> Tensor:
+    """G (out, in) as (m, n); its own inverse."""
+    return G.mT if group["side"] == "outputs" else G
+
+
+def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """The bases (m, a) and (n, b) that P and Q are drawn orthogonal to."""
+    constraint = group["constraint"]
+    if constraint is None or constraint.forbid == "both":
+        return None, None
+    if group["side"] == "both":
+        return constraint.outputs, constraint.inputs
+    return None, constraint.inputs if group["side"] == "inputs" else constraint.outputs
+
+
+def covers(group: dict[str, Any]) -> bool:
+    """Is every step in these coordinates permitted by construction? If not, the dense update has to be projected."""
+    constraint = group["constraint"]
+    if constraint is None or constraint.empty:
+        return True
+    if constraint.mask is not None or constraint.forbid == "both":
+        return False
+    return _width(constraint.inputs) + _width(constraint.outputs) == sum(map(_width, protected(group)))
+
+
+def sizes(group: dict[str, Any], shape: torch.Size) -> tuple[int, int, int]:
+    """(m, n, r) for a weight of this shape: r directions, fewer where less is left of a side."""
+    m, n = shape[::-1] if group["side"] == "outputs" else shape
+    U, V = protected(group)
+    return m, n, min(group["rank"], m - _width(U), n - _width(V))
+
+
+def elements(group: dict[str, Any], shape: torch.Size) -> int:
+    """Numbers in the moments and bases of a weight of this shape."""
+    m, n, r = sizes(group, shape)
+    return (2 * r + m + n) * r if group["side"] == "both" else (2 * m + n) * r
+
+
+def _width(V: Tensor | None) -> int:
+    return 0 if V is None else V.shape[1]
+
+
+def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int) -> Tensor | None:
+    """R (m, r) or (r, r) of the gradient G (out, in), after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
+    updates = int(state.get("updates", 0))
+    if updates % group["refresh_gap"] == 0 or "basis" not in state:
+        choose(group, state, G, (seed, index, updates))
+    if "basis" not in state:
+        return None
+    if group["side"] != "both":
+        return (read(group, G) @ state["basis"]).contiguous()
+    if not covers(group):
+        G = group["constraint"].permitted(G)
+    R = state["basis_left"].mT @ (read(group, G) @ state["basis"])
+    # in its own singular directions a gradient is diagonal: the rest of R is round-off, and Adam, which divides by it, would make steps of full length of that
+    return R * (R.abs() > tolerance(R.dtype) * R.abs().max())
+
+
+def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple[int, int, int]) -> None:
+    """Choose Q, and P, for the gradient G (out, in) and carry the moments over: orthonormal and orthogonal to what is protected, whatever the rank of G."""
+    U, V = protected(group)
+    _, n, r = sizes(group, G.shape)
+    scale = torch.linalg.matrix_norm(G)
+    if r < 1 or not scale > 0:
+        return
+    if group["side"] == "both" and group["constraint"] is not None:
+        A = read(group, group["constraint"].permitted(G))  # (m, n)
+    else:
+        A = project_out(read(group, G), V)
+    if not torch.linalg.matrix_norm(A) > tolerance(A.dtype) * scale:
+        return  # the whole gradient lies in the protected space
+    old = state.get("basis")
+    if group["refresh"] in ("svd", "exact"):
+        Q = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram").basis
+    elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
+        Q = top_subspace(A, r, "power", start=old, iterations=1).basis
+    else:
+        # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
+        start = torch.randn(n, min(2 * r, n), generator=seeded(*seeds), dtype=torch.float32).to(A.device, A.dtype)
+        Q = top_subspace(A, r, "power", start=start).basis
+    Q = orthonormalize(Q, against=V)
+    P = orthonormalize(A @ Q, against=U) if group["side"] == "both" else None  # (m, r): A Q = P diag(sigma) for singular directions Q
+    if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
+        return
+    if old is not None and "exp_avg" in state:
+        _carry_moments(group, state, P, Q)
+    state["basis"] = Q
+    if P is not None:
+        state["basis_left"] = P
+
+
+def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | None, Q: Tensor) -> None:
+    """From the directions in `state` to P and Q: M <- (P_old^T P)^T M (Q_old^T Q), the second moments likewise (rotate_moments), on columns, then on rows."""
+    M, v = state["exp_avg"], state["exp_avg_sq"]
+    shape = (M.shape[0] if P is None else P.shape[1], Q.shape[1])
+    if group["moments"] == "rotate":
+        M, v = rotate_moments(M, v, state["basis"], Q)
+        if P is not None:
+            M, v = (t.mT.contiguous() for t in rotate_moments(M.mT, v.mT, state["basis_left"], P))
+    elif group["moments"] == "reset" or M.shape != shape:  # "keep" has nothing to keep when the rank changed
+        M, v = M.new_zeros(shape), v.new_zeros(shape)
+        state["step"] = torch.zeros_like(state["step"])
+    state["exp_avg"], state["exp_avg_sq"] = M, v
+
+
+def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tuple[Tensor, Tensor]:
+    """L (out, r) and K (r, in) with dW = L K, for a step delta (m, r) or (r, r) in the coordinates."""
+    left, Q = delta if group["side"] != "both" else state["basis_left"] @ delta, state["basis"]
+    return (Q, left.mT) if group["side"] == "outputs" else (left, Q.mT)
+
+
+def leak(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> float:
+    """||forbidden part|| / ||update|| of a step delta (m, r) or (r, r), through the small products. Only where `covers(group)`."""
+    delta = delta.double()
+    norm = float(delta.norm())  # = ||dW||: P and Q are orthonormal
+    if norm == 0:
+        return 0.0
+    U, V = protected(group)
+    right = float((delta @ (state["basis"].mT.double() @ V.double())).norm()) if _width(V) else 0.0
+    left = float(((U.mT.double() @ state["basis_left"].double()) @ delta).norm()) if _width(U) else 0.0
+    return (right**2 + left**2) ** 0.5 / norm
