@@ -472,3 +472,46 @@ def test_recording_inputs_leaves_no_dropout_and_no_mode_behind(loaded):
     rows = [Example("cat red", "red", 0)]
     record_inputs(model, tokenizer, Task("t", "{sentence}", rows, rows, rows), seed=0)
     assert seen == [False] and model.training
+
+
+# -- bf16 weights ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["seqft", "gorp", "gorp-rank", "gorp-branches", "lora"])
+def test_bf16_weights_learn_with_fp32_masters_and_stall_without(name, small_run, tmp_path):
+    """At a rate of 1e-6 a step is far below half an ulp of bf16: plain rounding moves next to nothing, masters as far as fp32 weights go, up to their last rounding."""
+    method = {"name": name.split("-")[0], **VARIANTS[name]}
+    train = {"learning_rate": 3e-6, "max_steps": 60, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True}
+
+    def moved(where: str, **changes) -> float:
+        config = small_run(method, tasks=("colour",), train=train, evaluate={"limit": 2}, **changes)
+        after = AutoModelForCausalLM.from_pretrained(fl.run(config | {"output_dir": str(tmp_path / where)}).path / "model", dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(config["model"]).to(getattr(torch, changes.get("dtype", "float32"))).float()
+        return float(sum((a - b).double().norm() ** 2 for a, b in zip(after.parameters(), base.parameters(), strict=True)) ** 0.5)
+
+    exact = moved("fp32")
+    master, plain = (moved(p, dtype="bfloat16", precision=p) for p in ("fp32_master", "plain"))
+    assert exact > 0
+    if name == "lora":  # an adapter is fp32 whatever the weights are; what is left of it in a bf16 weight is another matter
+        return
+    assert plain < 0.75 * exact and master > 0.9 * exact
+
+
+@pytest.mark.parametrize("precision", ["fp32_master", "stochastic_rounding", "kahan"])
+def test_row_3_with_bf16_weights(precision, small_run, tmp_path, monkeypatch):
+    """Masters, compensation and the draws of stochastic rounding go on where they were."""
+    config = small_run("gorp", tasks=("colour",), dtype="bfloat16", precision=precision, checkpoint_every=2)
+    whole = (fl.run(config | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        fl.run(config)
+    result = fl.run(config)
+    assert (result.path / "lineage.jsonl").read_text() == whole
+    assert AutoModelForCausalLM.from_pretrained(result.path / "model", dtype="auto").dtype == torch.bfloat16
+
+
+def test_row_1_bf16_weights_with_masters_keep_the_bound(small_run):
+    config = small_run("gorp", tasks=("colour", "animal"), dtype="bfloat16")
+    events = [json.loads(line) for line in (fl.run(config).path / "timing.jsonl").read_text().splitlines()]
+    last = [e for e in events if e["event"] == "task"][-1]
+    assert 0 < last["weight_leak"] <= last["weight_leak_bound"] and last["update_leak"] < 1e-5

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .methods.base import Options
 from .models import logical, match_modules
+from .subspace import working_dtype
 
 ADAPTER = "default"  # PEFT's name for the first adapter of a model
 
@@ -71,6 +72,9 @@ def attach(model: nn.Module, names: list[str], rank: int, alpha: float, dropout:
     for p in trained:
         p.requires_grad_(True)
     found = adapters(model)
+    for layer in found.values():  # in fp32 also on bf16 weights, whose rounding would swallow an adapter's steps
+        for factor in factors(layer):
+            factor.data = factor.data.to(working_dtype(factor.dtype))
     if set(found) != set(names):
         raise ConfigError(f"method.lora_modules: PEFT cannot adapt {', '.join(sorted(set(names) - set(found))[:3])}")
     return found

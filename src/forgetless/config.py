@@ -194,6 +194,10 @@ class RunConfig(_Model):
     train: dict[str, Any] = Field(default_factory=dict)
     """Passed to transformers.TrainingArguments under its own names."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are kept in. bfloat16 halves them; what becomes of updates it cannot hold is `precision`."""
+    precision: Literal["fp32_master", "stochastic_rounding", "kahan", "plain"] = "fp32_master"
+    """For bfloat16 weights: an fp32 copy in the optimizer, rounding at random with the right mean, what rounding lost carried on, or nothing."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints inside a task; absent: task boundaries only."""
     keep: str = "all"

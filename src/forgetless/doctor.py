@@ -33,6 +33,8 @@ def examine(config: RunConfig | None) -> dict[str, Any]:
 
 
 def examine_config(config: RunConfig) -> dict[str, Any]:
+    import torch
+
     from . import models
     from .methods import get
     from .methods.base import Memory
@@ -43,7 +45,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     method = get(config.method.name, **config.method.options)
     args = training_arguments(config.train, config.seed, config.output_dir)
     stream = load_stream(config)
-    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
     method.check(model)
     parameters = sum(p.numel() for p in model.parameters())
     model = method.begin_task(model, None, Memory())  # adapters attached, where the method has some
@@ -68,7 +70,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
-            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay).planned_bytes(),
+            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes(),
             "method_statistics_at_most": method.statistics_bytes(model),
             "copy_for_the_weight_leak": sum(p.nbytes for g in groups for p in g["params"]) if method.constrained else 0,
             "adamw_state_same_tensors": 8 * trained,

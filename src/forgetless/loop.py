@@ -94,7 +94,9 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             model = method.resume_task(model, task, memory, checkpoints.method_state())
         else:
             model = method.begin_task(model, task, memory)
-        trained = train_task(model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints)
+        trained = train_task(
+            model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints, config.precision
+        )
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.optimizer.state_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
@@ -162,7 +164,7 @@ def opened(config: RunConfig, stream: TaskStream) -> Iterator[tuple[RunFolder, l
 def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], prompts: list, progress: Progress):
     """(model, tokenizer, memory) where the run stands: after the last committed task, or at the pretrained model."""
     source = str(folder.path / "tasks" / done[-1] / "model") if done else config.model
-    model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()

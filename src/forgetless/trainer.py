@@ -88,14 +88,14 @@ class TrainResult:
 
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | None = None, precision: str = "fp32_master",
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
     with contextlib.ExitStack() as stack:
         every = checkpoints.every if checkpoints else None
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
-        optimizer = prepare(model, method, args, seed)
+        optimizer = prepare(model, method, args, seed, precision)
         start = {
             p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None and not g["constraint"].empty for p in g["params"]
         }
@@ -127,7 +127,7 @@ def train_task(
     return TrainResult(optimizer, start, log, bool(args.bf16))
 
 
-def prepare(model: nn.Module, method: Method, args, seed: int) -> SubspaceAdamW:
+def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -> SubspaceAdamW:
     """The optimizer over the method's groups; everything else is frozen."""
     groups = method.param_groups(model)
     trained = {p for group in groups for p in group["params"]}
@@ -136,7 +136,7 @@ def prepare(model: nn.Module, method: Method, args, seed: int) -> SubspaceAdamW:
     for p in model.parameters():
         p.requires_grad_(p in trained)
     optimizer = SubspaceAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                              weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, seed=seed)  # fmt: skip
+                              weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, seed=seed)  # fmt: skip
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = args.max_grad_norm
     args.max_grad_norm = 0.0  # the Trainer clips before the projection; the optimizer does after it
