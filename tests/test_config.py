@@ -151,3 +151,33 @@ def test_no_torch_before_it_is_needed(tmp_path, code, argv, status):
     ran = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert ran.stdout.splitlines()[-2:] == [f"status {status}", "heavy []"], ran.stderr
     assert Path(tmp_path / "new.yaml").is_file() == ("init" in argv)
+
+
+# -- where rows come from, and what is measured ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source", ["hub:a/b", "hub:b", "hub:a/b:train", "hub:a/b:train[:10]", "hub:a/b:c:train[1:2]", "hub:a/b@v1:c:test", "hub:./d", "x.csv", "hub"]
+)
+def test_sources(source):
+    assert TaskConfig(name="a", data=source, test=source, dev=source).dev == source
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["hub:", "hub::train", "hub:a/b:", "hub:a/b::train", "hub:a/b:c:d:e", "hub:a/b@:train", "hub:@v1", "hub:a/b:train[:1", "hub:a/b:train:c@v1:x"],
+)
+@pytest.mark.parametrize("key", ["data", "test", "dev"])
+def test_hub_sources_that_are_none(source, key):
+    with pytest.raises(ValidationError, match="write hub:OWNER/NAME"):
+        TaskConfig(**{"name": "a", "data": "x", key: source})
+
+
+def test_metric_is_a_scorer_only_where_one_is_named():
+    assert load_config(LEAST).scorers == ["choice", "exact_match"]
+    free = {"name": "c", "data": "x", "format": "prompt_completion", "metric": "nll"}
+    assert load_config(LEAST | {"tasks": [*LEAST["tasks"], free], "evaluate": {"scorers": ["exact_match"]}}).scorers == ["metric", "exact_match"]
+    config = load_config(LEAST | {"watch": [free]}, ["watch.0.data=y"])
+    assert (
+        config.scorers == ["metric", "choice", "exact_match"] and config.watch[0].data == "y" and config.evaluate.scorers == ["choice", "exact_match"]
+    )

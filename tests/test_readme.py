@@ -22,7 +22,8 @@ def blocks(language: str) -> list[str]:
 
 def test_the_config_of_the_readme_is_valid():
     (text,) = blocks("yaml")
-    assert [t.name for t in load_config(yaml.safe_load(text)).tasks] == ["tickets", "mails", "notes"]
+    config = load_config(yaml.safe_load(text))
+    assert [t.name for t in config.tasks] == ["tickets", "mails", "notes"] and [t.name for t in config.watch] == ["general"]
 
 
 def test_the_first_python_block_runs(small_run):
