@@ -79,11 +79,22 @@ def config_file(config: dict, tmp_path: Path) -> str:
     return str(tmp_path / "config.yaml")
 
 
-def test_a_run_through_torchrun_commits_once_and_is_loaded_by_one_process(small_run, tmp_path):
-    config = small_run("gorp", tasks=("colour", "animal"), checkpoint_every=4)
-    path = config_file(config, tmp_path)
-    done = torchrun("-m", "forgetless", "run", "--progress", "json", path)
+@pytest.fixture(scope="module")
+def through_torchrun(tiny, tmp_path_factory):
+    """(config, what the process said) of a run of two tasks by two processes."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    config = {
+        "model": tiny, "tasks": [write_task(folder / "data", name) for name in ("colour", "animal")], "method": {"name": "gorp"},
+        "train": {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True},
+        "evaluate": {"limit": 8}, "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    done = torchrun("-m", "forgetless", "run", "--progress", "json", config_file(config, folder))
     assert done.returncode == 0, done.stderr[-2000:]
+    return config, done
+
+
+def test_a_run_through_torchrun_commits_once_and_is_loaded_by_one_process(through_torchrun):
+    config, done = through_torchrun
     assert done.stdout.count("average accuracy") == 2  # one table a scorer, printed once
     folder = Path(config["output_dir"])
     lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
@@ -126,15 +137,21 @@ cli.main()
 @pytest.mark.parametrize(
     ("error", "said"), [("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"), ("RuntimeError('boom')", "rank 1: internal error")]
 )
-def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, small_run, tmp_path):
-    config = small_run("gorp", tasks=("colour", "animal"), checkpoint_every=2)
+def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, through_torchrun, tmp_path):
+    config = through_torchrun[0] | {"output_dir": str(tmp_path / "run"), "checkpoint_every": 2}
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(error=error, path=config_file(config, tmp_path)))
     ended = torchrun(str(script), timeout=120)
     assert ended.returncode != 0
     speaks = [line for line in ended.stderr.splitlines() if line.startswith("rank ")]
     assert speaks and speaks[0].startswith(said), ended.stderr[-3000:]
-    assert (Path(config["output_dir"]) / "current").read_text() == "00-colour\n"  # the ninth loss is in the second task: the first is kept
+    folder = Path(config["output_dir"])
+    assert (folder / "current").read_text() == "00-colour\n"  # the ninth loss is in the second task: the first is kept
+    if "row 7" in said:  # row 3, for two processes: both go on from the second task's checkpoint, and end where the undisturbed run did
+        assert list((folder / "tasks" / ".01-animal.training").glob("checkpoint-2/forgetless.json"))
+        again = torchrun("-m", "forgetless", "run", "--progress", "json", config_file(config, tmp_path))
+        assert again.returncode == 0 and "goes on from step 2" in again.stderr, again.stderr[-2000:]
+        assert (folder / "lineage.jsonl").read_text() == (Path(through_torchrun[0]["output_dir"]) / "lineage.jsonl").read_text()
 
 
 def test_processes_that_hold_different_models_commit_nothing(small_run, tmp_path):

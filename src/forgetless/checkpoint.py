@@ -20,11 +20,11 @@ from .lineage import sync_tree, write_atomic
 
 
 class Checkpoints:
-    """Of one task, in `folder`, every `every` steps (None: never). key: what must be the same for one of them to go on."""
+    """Of one task, in `folder`, every `every` steps (None: none are made; one that is there is gone on from). key: what must be the same for that."""
 
     def __init__(self, folder: Path, every: int | None, key: dict[str, Any]):
         self.folder, self.every, self.key = folder, every, key | {"world_size": distributed.world_size()}
-        self.path = distributed.on_main(self._latest) if every else None
+        self.path = distributed.on_main(self._latest)
         if self.path is None:
             self.drop()  # of another attempt, with other settings
         self.found: dict[str, Any] = json.loads((self.path / "forgetless.json").read_text()) if self.path else {}
