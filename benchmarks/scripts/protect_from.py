@@ -1,0 +1,89 @@
+"""What is left of skills nobody trained: perplexity and KL to the untouched model on general text, after four tasks, with and without `protect_from`.
+
+    FORGETLESS_DATA=... python benchmarks/scripts/protect_from.py          # benchmarks/results/protect_from.json
+
+200 prompts of LIMA (TRACE's copy) are protected; 100 other conversations of it are measured: exp(mean loss) of all their tokens, and the mean over tokens of
+KL(untouched || tuned). The tasks are Standard CL order 1, options in the prompt, seed 0, 100 test rows each, as in standard_cl.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+from pathlib import Path
+
+from runs import RESULTS, ROOT, work_through
+from standard_cl import config
+
+RUNS = ROOT / "runs" / "protect_from"
+PROMPTS, HELD, TOKENS = 200, 100, 256
+METHODS = {
+    "seqft": ({"name": "seqft"}, False),
+    "gorp": ({"name": "gorp"}, False),
+    "gorp-protected-0.8": ({"name": "gorp", "protect_energy": 0.8}, True),
+    "gorp-protected-0.9": ({"name": "gorp", "protect_energy": 0.9}, True),
+}
+
+
+def lima() -> list[dict]:
+    folder = Path(os.environ["FORGETLESS_DATA"]) / "trace" / "500" / "Lima"
+    file = next(f for f in (folder / "train.json", folder / "train.json.gz") if f.is_file())
+    return json.loads((gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode())
+
+
+def queue() -> dict[str, dict]:
+    RUNS.mkdir(parents=True, exist_ok=True)
+    prompts = RUNS / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in lima()[:PROMPTS]))
+    return {
+        name: config(method, True, 0, limit=100, scorers=("choice", "exact_match"))
+        | ({"protect_from": str(prompts.relative_to(ROOT))} if protected else {})
+        for name, (method, protected) in METHODS.items()
+    }
+
+
+def general(entries: dict[str, dict]) -> dict:
+    """{"general": {run: {perplexity, kl}}} of the untouched model and of each finished run's last model."""
+    import torch
+
+    from forgetless import models
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    base, tokenizer = models.load("bundled:smollm2-135m")
+    rows = [tokenizer(row["prompt"] + "\n" + row["answer"]).input_ids[:TOKENS] for row in lima()[PROMPTS : PROMPTS + HELD]]
+    tokens = sum(len(ids) - 1 for ids in rows)
+    with torch.inference_mode():
+        before = [base(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in rows]
+        found = {"untouched": {"perplexity": _perplexity(before, rows, tokens), "kl": 0.0}}
+        for name in entries:
+            if not (RUNS / name / "model").exists():
+                continue
+            tuned, _ = models.load(str(RUNS / name / "model"))
+            after = [tuned(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in rows]
+            kl = sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True)) / tokens
+            found[name] = {"perplexity": _perplexity(after, rows, tokens), "kl": kl}
+            print(name, found[name], flush=True)
+    return {"general": found, "held_out_tokens": tokens}
+
+
+def _perplexity(logs, rows, tokens) -> float:
+    import math
+
+    import torch
+
+    loss = -sum(float(log[torch.arange(len(ids) - 1), ids[1:]].sum()) for log, ids in zip(logs, rows, strict=True))
+    return math.exp(loss / tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="substring of the runs to do")
+    args = parser.parse_args()
+    work_through(queue(), RUNS, RESULTS / "protect_from.json", "python benchmarks/scripts/protect_from.py", args.workers, args.only, general)
+
+
+if __name__ == "__main__":
+    main()
