@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 
-from runs import RESULTS, ROOT, work_through
 from standard_cl import config
+
+from runs import RESULTS, ROOT, work_through
 
 RUNS = ROOT / "runs" / "protect_from"
 PROMPTS, HELD, TOKENS = 200, 100, 256
@@ -54,27 +56,20 @@ def general(entries: dict[str, dict]) -> dict:
     base, tokenizer = models.load("bundled:smollm2-135m")
     rows = [tokenizer(row["prompt"] + "\n" + row["answer"]).input_ids[:TOKENS] for row in lima()[PROMPTS : PROMPTS + HELD]]
     tokens = sum(len(ids) - 1 for ids in rows)
-    with torch.inference_mode():
-        before = [base(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in rows]
-        found = {"untouched": {"perplexity": _perplexity(before, rows, tokens), "kl": 0.0}}
-        for name in entries:
-            if not (RUNS / name / "model").exists():
-                continue
-            tuned, _ = models.load(str(RUNS / name / "model"))
-            after = [tuned(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for ids in rows]
-            kl = sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True)) / tokens
-            found[name] = {"perplexity": _perplexity(after, rows, tokens), "kl": kl}
-            print(name, found[name], flush=True)
+    found = {}
+    for name in ("untouched", *entries):
+        if name != "untouched" and not (RUNS / name / "model").exists():
+            continue
+        tuned = base if name == "untouched" else models.load(str(RUNS / name / "model"))[0]
+        loss = kl = 0.0
+        with torch.inference_mode():
+            for ids in rows:  # one by one: a row's log-probabilities take 50 MB
+                before, after = (model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for model in (base, tuned))
+                loss -= float(after[torch.arange(len(ids) - 1), ids[1:]].sum())
+                kl += float((before.exp() * (before - after)).sum())
+        found[name] = {"perplexity": math.exp(loss / tokens), "kl": kl / tokens}
+        print(name, found[name], flush=True)
     return {"general": found, "held_out_tokens": tokens}
-
-
-def _perplexity(logs, rows, tokens) -> float:
-    import math
-
-    import torch
-
-    loss = -sum(float(log[torch.arange(len(ids) - 1), ids[1:]].sum()) for log, ids in zip(logs, rows, strict=True))
-    return math.exp(loss / tokens)
 
 
 def main() -> None:
