@@ -275,3 +275,16 @@ def test_coverage():
     assert coverage(X, torch.eye(2)[:, :1]) == pytest.approx(9 / 25)
     assert coverage(torch.zeros(2, 2), torch.eye(2)) == 0.0
     assert coverage(X, torch.zeros(2, 0)) == 0.0
+
+
+@pytest.mark.parametrize("outside", [1.0, 0.2, 0.05, 1e-3])
+def test_one_pass_is_enough_where_it_is_the_only_one(outside):
+    """However much of a step lies in the space, what is left of it does not."""
+    torch.manual_seed(0)
+    V = orthonormalize(torch.randn(64, 16))
+    inside = torch.randn(48, 16) @ V.mT
+    rest = project_out(torch.randn(48, 64), V)
+    D = inside / inside.norm() + outside * rest / rest.norm()
+    c = Constraint(inputs=V)
+    P = c.permitted(D)
+    assert P.norm() == pytest.approx(outside, rel=1e-4) and leak(P, c) < 1e-6
