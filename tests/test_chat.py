@@ -142,13 +142,18 @@ def test_a_turn_may_close_with_another_token_than_eos(chatty, with_template, tem
     t = task()
     assert t.end_token(tokenizer, example()) == turn != tokenizer.eos_token_id and t.encode(tokenizer, example())["labels"][-1] == turn
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    for loud, said in ((turn, ""), (tokenizer.eos_token_id, ""), (tokenizer.convert_tokens_to_ids("red"), "red red red red")):
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for loud, said, steps in ((turn, "", 0), (tokenizer.eos_token_id, "", 4), (tokenizer.convert_tokens_to_ids("red"), "red red red red", 4)):
         model.lm_head.bias.data.zero_()[loud] = 100.0
+        passes.clear()
         (p,) = score_rows(model, tokenizer, t, [example()], ["exact_match"])  # three tokens in the answer, and one more
-        assert p.text == said
+        assert p.text == said and len(passes) == 1 + steps
 
 
-@pytest.mark.parametrize("template", [closing("", CHAT), closing("good", CHAT), closing("<eos> bad", CHAT), MARKED.replace(" <eos>", "")])
+@pytest.mark.parametrize(
+    "template", [closing("", CHAT), closing("good", CHAT), closing("unheard", CHAT), closing("<eos> bad", CHAT), MARKED.replace(" <eos>", "")]
+)
 def test_a_template_that_closes_no_turn_is_refused(with_template, template):
     with pytest.raises(DataError, match="line 1: the model's chat template closes an assistant turn with no special token"):
         task().encode(with_template(template), example())

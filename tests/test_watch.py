@@ -178,9 +178,11 @@ def test_a_row_before_of_an_attempt_that_committed_nothing_is_measured_again(her
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(forgetless.loop, "train_task", killed)
-        assert forgetless_("run", "first.yaml")[0] == 130
+    for last in ([], ["watch=[]"], []):
+        with monkeypatch.context() as patch:
+            patch.setattr(forgetless.loop, "train_task", killed)
+            assert forgetless_("run", "first.yaml", *last)[0] == 130
+        assert Path("run/watch.json").exists() == (not last)
     assert list(read("run/watch.json")) == ["mood", "notes"]
     Path("run/watch.json").write_text('{"mood": {"choice": 7.0}}')
     assert forgetless_("run", "first.yaml", "watch.0.name=temper")[0] == 0  # nothing is committed: it may still change
