@@ -269,13 +269,13 @@ def sometimes_zero(W, t):
 )
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_leak_after_50_steps_with_decay_and_clipping(kind, refresh, rank, side, grad, dtype):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])  # without it a low-rank step is kept off the space by its directions alone
+def test_no_leak_after_50_steps_with_decay_and_clipping(weight_decay, kind, refresh, rank, side, grad, dtype):
     c = constraint(kind, dtype)
     W = weight(dtype)
     start = W.detach().clone()
-    opt = SubspaceAdamW(
-        [{"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}], lr=1e-3, weight_decay=0.1, max_grad_norm=0.5
-    )
+    group = {"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}
+    opt = SubspaceAdamW([group], lr=1e-3, weight_decay=weight_decay, max_grad_norm=0.5)
     opt.track_leak = True
     worst = 0.0
     for t in range(50):
@@ -299,15 +299,32 @@ def test_the_leak_tests_would_fail_without_the_projection_after_adam():
     assert leak(W.detach() - start, c) > 0.05
 
 
+@pytest.mark.parametrize(("side", "protect"), [("inputs", "inputs"), ("outputs", "outputs"), ("both", "inputs"), ("both", "outputs")])
+def test_the_leak_measured_in_coordinates_is_that_of_the_whole_update(side, protect):
+    """With directions that were not drawn beside the space: a measure that always says zero would pass every test above."""
+    c = Constraint(**{protect: basis({"inputs": N, "outputs": M}[protect], 5, seed=8, dtype=torch.float64)})
+    W = weight(torch.float64)
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side}], lr=1e-2)
+    train(opt, W, 1)
+    for key, V in opt.state[W].items():
+        if key.startswith("basis"):
+            V.copy_(basis(V.shape[0], 4, seed=9, dtype=torch.float64))
+    start, opt.track_leak = W.detach().clone(), True
+    W.grad = gradient(W, 1)
+    opt.step()
+    assert opt.update_leak == pytest.approx(leak(W.detach() - start, c), rel=1e-6) and opt.update_leak > 0.1
+
+
 @pytest.mark.parametrize("left", [0, 1, 2])
 @pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
 @pytest.mark.parametrize("protect", ["inputs", "outputs"])
-def test_a_space_that_leaves_fewer_than_r_directions(protect, side, left):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_space_that_leaves_fewer_than_r_directions(weight_decay, protect, side, left):
     n = {"inputs": N, "outputs": M}[protect]
     c = Constraint(**{protect: basis(n, n - left)})
     W = weight()
     start = W.detach().clone()
-    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side, "weight_decay": 0.1}], lr=1e-2, max_grad_norm=0.5)
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side, "weight_decay": weight_decay}], lr=1e-2, max_grad_norm=0.5)
     train(opt, W, 25)
     if side in (protect, "both"):  # the directions are drawn beside the space
         found = {key: V.shape for key, V in opt.state[W].items() if key.startswith("basis")}
@@ -718,7 +735,7 @@ def test_planned_bytes_are_the_measured_ones(weight_decay, dtype, precision):
     groups = [
         {"constraint": c, "rank": 4}, {"constraint": c, "rank": 4, "side": "outputs"}, {"constraint": c}, {}, {"rank": 30},
         {"constraint": c, "rank": 4, "side": "both"}, {"constraint": c, "rank": 30, "side": "both"}, {"rank": 30, "side": "both"},
-        {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
+        {"constraint": Constraint(outputs=basis(M, 20)), "rank": 30, "side": "both"}, {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
     ]  # fmt: skip
     weights = [[weight(dtype, seed=2 * i), weight(dtype, seed=2 * i + 1)] for i in range(len(groups))]
     opt = SubspaceAdamW([{"params": W} | g for W, g in zip(weights, groups, strict=True)], lr=1e-2, precision=precision, weight_decay=weight_decay)
