@@ -416,6 +416,105 @@ def test_two_sided_moments_are_rotated_reset_or_kept():
     torch.testing.assert_close(after["exp_avg"], before["exp_avg"], atol=1e-9, rtol=0)
 
 
+# -- transposed: weights stored (in, out) --------------------------------------------------------------------------------------------------
+
+
+def logical_constraint(kind, shape, dtype=torch.float64):
+    """On inputs and outputs that differ also where the weight is square."""
+    if kind == "mask":
+        return Constraint(mask=rand(*shape, seed=13) > -0.5)
+    spec = dict(KINDS[kind])
+    forbid = spec.pop("forbid", "either")
+    seeds = {"inputs": (shape[1], 11), "outputs": (shape[0], 12)}
+    return Constraint(**{k: basis(seeds[k][0], v, seed=seeds[k][1], dtype=dtype) for k, v in spec.items()}, forbid=forbid) if spec else None
+
+
+def linear_and_conv1d(shape, kind, **options):
+    """The same layer twice, as nn.Linear (out, in) and as Conv1D (in, out), each with its optimizer."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear, conv = nn.Linear(shape[1], shape[0], bias=False).double(), Conv1D(shape[0], shape[1]).double()
+    conv.bias.requires_grad_(False)
+    with torch.no_grad():
+        linear.weight.copy_(rand(*shape, seed=7, dtype=torch.float64))
+        conv.weight.copy_(linear.weight.T)
+    groups = [{"params": [layer.weight], "constraint": logical_constraint(kind, shape), **options} for layer in (linear, conv)]
+    groups[1]["transposed"] = True
+    return (linear, conv), [SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0) for group in groups]
+
+
+def train_layers(layers, optimizers, shape, first, last):
+    """Yields the step's number after each step."""
+    for t in range(first, last):
+        x, y = rand(32, shape[1], seed=t, dtype=torch.float64), rand(32, shape[0], seed=900 + t, dtype=torch.float64)
+        for layer, opt in zip(layers, optimizers, strict=True):
+            opt.zero_grad()
+            (layer(x) - y).square().sum().backward()
+            opt.step()
+        yield t
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, N)], ids=["wide", "square"])  # no shape gives away a transpose that was forgotten on a square weight
+@pytest.mark.parametrize("kind", [*KINDS, "mask"])
+@pytest.mark.parametrize(
+    ("rank", "side", "refresh"),
+    [(None, "inputs", "cold"), *((4, side, how) for side in ("inputs", "outputs", "both") for how in ("cold", "warm", "exact", "svd"))],
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_conv1d_learns_as_the_linear_layer_it_is(weight_decay, rank, side, refresh, kind, shape):
+    layers, optimizers = linear_and_conv1d(shape, kind, rank=rank, side=side, refresh=refresh, weight_decay=weight_decay)
+    assert optimizers[0].planned_bytes() == optimizers[1].planned_bytes()
+    for _ in train_layers(layers, optimizers, shape, 0, 23):
+        W, X = layers[0].weight.detach(), layers[1].weight.detach().T
+        torch.testing.assert_close(X, W, atol=1e-12, rtol=0)
+    assert optimizers[0].state_bytes() == optimizers[1].state_bytes() == optimizers[1].planned_bytes()
+    D = X - rand(*shape, seed=7, dtype=torch.float64)
+    c = logical_constraint(kind, shape)
+    assert float(D.norm()) > 1e-2 and (c is None or leak(D, c) < 1e-10)
+    start = {layers[1].weight: rand(*shape, seed=7, dtype=torch.float64).T}
+    found = weight_leak(optimizers[1], start, 23)
+    assert found is None if c is None else found["leak"] <= found["bound"]
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
+def test_a_transposed_group_is_not_turned_twice(side):
+    """By a checkpoint, by using the caller's groups again, or by making an optimizer from another one's groups."""
+    shape = (N, N)
+    (linear, conv), (opt, turned) = linear_and_conv1d(shape, "either", rank=4, side=side, weight_decay=0.1)
+    for _ in train_layers((linear, conv), (opt, turned), shape, 0, 13):
+        pass
+    buffer = io.BytesIO()
+    torch.save(turned.state_dict(), buffer)
+    buffer.seek(0)
+    group = {
+        "params": [conv.weight],
+        "constraint": logical_constraint("either", shape),
+        "rank": 4,
+        "side": side,
+        "weight_decay": 0.1,
+        "transposed": True,
+    }
+    SubspaceAdamW([group])
+    assert group["side"] == side and group["transposed"]
+    again = SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0)
+    from_groups = SubspaceAdamW(again.param_groups, lr=1e-2, max_grad_norm=20.0)
+    saved = torch.load(buffer, weights_only=True)
+    again.load_state_dict(saved)
+    from_groups.load_state_dict(saved)
+    start = conv.weight.detach().clone()
+    fresh = [SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0), SubspaceAdamW(SubspaceAdamW([group]).param_groups, lr=1e-2, max_grad_norm=20.0)]
+    fresh[1].param_groups[0]["lr"] = 1e-2
+    results = []
+    for optimizer in (turned, again, from_groups, *fresh):
+        with torch.no_grad():
+            conv.weight.copy_(start)
+        for _ in train_layers((conv,), (optimizer,), shape, 13, 30):
+            pass
+        results.append(conv.weight.detach().clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and torch.equal(results[3], results[4])
+    assert leak((results[0] - start).T, logical_constraint("either", shape)) < 1e-10 and not torch.equal(results[0], start)
+
+
 # -- precision: weights that are too coarse for their updates ----------------------------------------------------------------------------
 
 PRECISIONS = ("fp32_master", "stochastic_rounding", "kahan", "plain")
@@ -779,7 +878,8 @@ def test_the_update_rms_is_flat_across_a_refresh(side, signal, least):
     [
         (dict(rank=0), "at least 1"), (dict(refresh="never"), "refresh='never'"), (dict(side="top"), "side='top'"), (dict(moments="forget"), "moments"),
         (dict(constraint=Constraint(inputs=basis(5, 2))), "dimension 5"), (dict(refresh_gap=0), "at least 1"),
-        (dict(precision="bf16"), "precision='bf16'; one of fp32_master"),
+        (dict(precision="bf16"), "precision='bf16'; one of fp32_master"), (dict(transposed="yes"), "transposed='yes'"),
+        (dict(constraint=Constraint(inputs=basis(N, 2)), transposed=True), r"dimension 16 for a weight of shape \(16, 24\) \(out, in\)"),
     ],
 )  # fmt: skip
 def test_bad_groups_are_refused(group, message):
@@ -787,6 +887,8 @@ def test_bad_groups_are_refused(group, message):
         SubspaceAdamW([{"params": [weight()], **group}])
     with pytest.raises(ValueError, match="matrix"):
         SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(3))], "rank": 2}])
+    with pytest.raises(ValueError, match="only a matrix"):
+        SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(3))], "transposed": True}])
 
 
 def test_orthonormalize_and_rotate_are_what_the_optimizer_uses():
