@@ -269,13 +269,13 @@ def sometimes_zero(W, t):
 )
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_leak_after_50_steps_with_decay_and_clipping(kind, refresh, rank, side, grad, dtype):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])  # without it a low-rank step is kept off the space by its directions alone
+def test_no_leak_after_50_steps_with_decay_and_clipping(weight_decay, kind, refresh, rank, side, grad, dtype):
     c = constraint(kind, dtype)
     W = weight(dtype)
     start = W.detach().clone()
-    opt = SubspaceAdamW(
-        [{"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}], lr=1e-3, weight_decay=0.1, max_grad_norm=0.5
-    )
+    group = {"params": [W], "constraint": c, "rank": rank, "refresh": refresh, "side": side}
+    opt = SubspaceAdamW([group], lr=1e-3, weight_decay=weight_decay, max_grad_norm=0.5)
     opt.track_leak = True
     worst = 0.0
     for t in range(50):
@@ -299,15 +299,32 @@ def test_the_leak_tests_would_fail_without_the_projection_after_adam():
     assert leak(W.detach() - start, c) > 0.05
 
 
+@pytest.mark.parametrize(("side", "protect"), [("inputs", "inputs"), ("outputs", "outputs"), ("both", "inputs"), ("both", "outputs")])
+def test_the_leak_measured_in_coordinates_is_that_of_the_whole_update(side, protect):
+    """With directions that were not drawn beside the space: a measure that always says zero would pass every test above."""
+    c = Constraint(**{protect: basis({"inputs": N, "outputs": M}[protect], 5, seed=8, dtype=torch.float64)})
+    W = weight(torch.float64)
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side}], lr=1e-2)
+    train(opt, W, 1)
+    for key, V in opt.state[W].items():
+        if key.startswith("basis"):
+            V.copy_(basis(V.shape[0], 4, seed=9, dtype=torch.float64))
+    start, opt.track_leak = W.detach().clone(), True
+    W.grad = gradient(W, 1)
+    opt.step()
+    assert opt.update_leak == pytest.approx(leak(W.detach() - start, c), rel=1e-6) and opt.update_leak > 0.1
+
+
 @pytest.mark.parametrize("left", [0, 1, 2])
 @pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
 @pytest.mark.parametrize("protect", ["inputs", "outputs"])
-def test_a_space_that_leaves_fewer_than_r_directions(protect, side, left):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_space_that_leaves_fewer_than_r_directions(weight_decay, protect, side, left):
     n = {"inputs": N, "outputs": M}[protect]
     c = Constraint(**{protect: basis(n, n - left)})
     W = weight()
     start = W.detach().clone()
-    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side, "weight_decay": 0.1}], lr=1e-2, max_grad_norm=0.5)
+    opt = SubspaceAdamW([{"params": [W], "constraint": c, "rank": 4, "side": side, "weight_decay": weight_decay}], lr=1e-2, max_grad_norm=0.5)
     train(opt, W, 25)
     if side in (protect, "both"):  # the directions are drawn beside the space
         found = {key: V.shape for key, V in opt.state[W].items() if key.startswith("basis")}
@@ -397,6 +414,105 @@ def test_two_sided_moments_are_rotated_reset_or_kept():
     assert float(after["exp_avg"].abs().max()) < 1e-9 and float(after["step"]) == 1
     before, after = state("keep", 5)
     torch.testing.assert_close(after["exp_avg"], before["exp_avg"], atol=1e-9, rtol=0)
+
+
+# -- transposed: weights stored (in, out) --------------------------------------------------------------------------------------------------
+
+
+def logical_constraint(kind, shape, dtype=torch.float64):
+    """On inputs and outputs that differ also where the weight is square."""
+    if kind == "mask":
+        return Constraint(mask=rand(*shape, seed=13) > -0.5)
+    spec = dict(KINDS[kind])
+    forbid = spec.pop("forbid", "either")
+    seeds = {"inputs": (shape[1], 11), "outputs": (shape[0], 12)}
+    return Constraint(**{k: basis(seeds[k][0], v, seed=seeds[k][1], dtype=dtype) for k, v in spec.items()}, forbid=forbid) if spec else None
+
+
+def linear_and_conv1d(shape, kind, **options):
+    """The same layer twice, as nn.Linear (out, in) and as Conv1D (in, out), each with its optimizer."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear, conv = nn.Linear(shape[1], shape[0], bias=False).double(), Conv1D(shape[0], shape[1]).double()
+    conv.bias.requires_grad_(False)
+    with torch.no_grad():
+        linear.weight.copy_(rand(*shape, seed=7, dtype=torch.float64))
+        conv.weight.copy_(linear.weight.T)
+    groups = [{"params": [layer.weight], "constraint": logical_constraint(kind, shape), **options} for layer in (linear, conv)]
+    groups[1]["transposed"] = True
+    return (linear, conv), [SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0) for group in groups]
+
+
+def train_layers(layers, optimizers, shape, first, last):
+    """Yields the step's number after each step."""
+    for t in range(first, last):
+        x, y = rand(32, shape[1], seed=t, dtype=torch.float64), rand(32, shape[0], seed=900 + t, dtype=torch.float64)
+        for layer, opt in zip(layers, optimizers, strict=True):
+            opt.zero_grad()
+            (layer(x) - y).square().sum().backward()
+            opt.step()
+        yield t
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, N)], ids=["wide", "square"])  # no shape gives away a transpose that was forgotten on a square weight
+@pytest.mark.parametrize("kind", [*KINDS, "mask"])
+@pytest.mark.parametrize(
+    ("rank", "side", "refresh"),
+    [(None, "inputs", "cold"), *((4, side, how) for side in ("inputs", "outputs", "both") for how in ("cold", "warm", "exact", "svd"))],
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_conv1d_learns_as_the_linear_layer_it_is(weight_decay, rank, side, refresh, kind, shape):
+    layers, optimizers = linear_and_conv1d(shape, kind, rank=rank, side=side, refresh=refresh, weight_decay=weight_decay)
+    assert optimizers[0].planned_bytes() == optimizers[1].planned_bytes()
+    for _ in train_layers(layers, optimizers, shape, 0, 23):
+        W, X = layers[0].weight.detach(), layers[1].weight.detach().T
+        torch.testing.assert_close(X, W, atol=1e-12, rtol=0)
+    assert optimizers[0].state_bytes() == optimizers[1].state_bytes() == optimizers[1].planned_bytes()
+    D = X - rand(*shape, seed=7, dtype=torch.float64)
+    c = logical_constraint(kind, shape)
+    assert float(D.norm()) > 1e-2 and (c is None or leak(D, c) < 1e-10)
+    start = {layers[1].weight: rand(*shape, seed=7, dtype=torch.float64).T}
+    found = weight_leak(optimizers[1], start, 23)
+    assert found is None if c is None else found["leak"] <= found["bound"]
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
+def test_a_transposed_group_is_not_turned_twice(side):
+    """By a checkpoint, by using the caller's groups again, or by making an optimizer from another one's groups."""
+    shape = (N, N)
+    (linear, conv), (opt, turned) = linear_and_conv1d(shape, "either", rank=4, side=side, weight_decay=0.1)
+    for _ in train_layers((linear, conv), (opt, turned), shape, 0, 13):
+        pass
+    buffer = io.BytesIO()
+    torch.save(turned.state_dict(), buffer)
+    buffer.seek(0)
+    group = {
+        "params": [conv.weight],
+        "constraint": logical_constraint("either", shape),
+        "rank": 4,
+        "side": side,
+        "weight_decay": 0.1,
+        "transposed": True,
+    }
+    SubspaceAdamW([group])
+    assert group["side"] == side and group["transposed"]
+    again = SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0)
+    from_groups = SubspaceAdamW(again.param_groups, lr=1e-2, max_grad_norm=20.0)
+    saved = torch.load(buffer, weights_only=True)
+    again.load_state_dict(saved)
+    from_groups.load_state_dict(saved)
+    start = conv.weight.detach().clone()
+    fresh = [SubspaceAdamW([group], lr=1e-2, max_grad_norm=20.0), SubspaceAdamW(SubspaceAdamW([group]).param_groups, lr=1e-2, max_grad_norm=20.0)]
+    fresh[1].param_groups[0]["lr"] = 1e-2
+    results = []
+    for optimizer in (turned, again, from_groups, *fresh):
+        with torch.no_grad():
+            conv.weight.copy_(start)
+        for _ in train_layers((conv,), (optimizer,), shape, 13, 30):
+            pass
+        results.append(conv.weight.detach().clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and torch.equal(results[3], results[4])
+    assert leak((results[0] - start).T, logical_constraint("either", shape)) < 1e-10 and not torch.equal(results[0], start)
 
 
 # -- precision: weights that are too coarse for their updates ----------------------------------------------------------------------------
@@ -718,7 +834,7 @@ def test_planned_bytes_are_the_measured_ones(weight_decay, dtype, precision):
     groups = [
         {"constraint": c, "rank": 4}, {"constraint": c, "rank": 4, "side": "outputs"}, {"constraint": c}, {}, {"rank": 30},
         {"constraint": c, "rank": 4, "side": "both"}, {"constraint": c, "rank": 30, "side": "both"}, {"rank": 30, "side": "both"},
-        {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
+        {"constraint": Constraint(outputs=basis(M, 20)), "rank": 30, "side": "both"}, {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
     ]  # fmt: skip
     weights = [[weight(dtype, seed=2 * i), weight(dtype, seed=2 * i + 1)] for i in range(len(groups))]
     opt = SubspaceAdamW([{"params": W} | g for W, g in zip(weights, groups, strict=True)], lr=1e-2, precision=precision, weight_decay=weight_decay)
@@ -762,7 +878,8 @@ def test_the_update_rms_is_flat_across_a_refresh(side, signal, least):
     [
         (dict(rank=0), "at least 1"), (dict(refresh="never"), "refresh='never'"), (dict(side="top"), "side='top'"), (dict(moments="forget"), "moments"),
         (dict(constraint=Constraint(inputs=basis(5, 2))), "dimension 5"), (dict(refresh_gap=0), "at least 1"),
-        (dict(precision="bf16"), "precision='bf16'; one of fp32_master"),
+        (dict(precision="bf16"), "precision='bf16'; one of fp32_master"), (dict(transposed="yes"), "transposed='yes'"),
+        (dict(constraint=Constraint(inputs=basis(N, 2)), transposed=True), r"dimension 16 for a weight of shape \(16, 24\) \(out, in\)"),
     ],
 )  # fmt: skip
 def test_bad_groups_are_refused(group, message):
@@ -770,6 +887,8 @@ def test_bad_groups_are_refused(group, message):
         SubspaceAdamW([{"params": [weight()], **group}])
     with pytest.raises(ValueError, match="matrix"):
         SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(3))], "rank": 2}])
+    with pytest.raises(ValueError, match="only a matrix"):
+        SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(3))], "transposed": True}])
 
 
 def test_orthonormalize_and_rotate_are_what_the_optimizer_uses():

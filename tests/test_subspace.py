@@ -270,6 +270,20 @@ def test_a_constraint_of_another_shape_is_refused():
         Constraint(mask=torch.ones(3, 4, dtype=torch.bool)).check(torch.Size([3, 5]))
 
 
+@pytest.mark.parametrize("kind", ["inputs", "outputs", "either", "both", "mask"])
+def test_the_transposed_constraint_is_the_constraint_of_the_transpose(kind):
+    D = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    V, U = torch.linalg.qr(D).Q[:, :2], torch.eye(5)[:, 3:]
+    c = {
+        "inputs": Constraint(inputs=V), "outputs": Constraint(outputs=U), "either": Constraint(inputs=V, outputs=U),
+        "both": Constraint(inputs=V, outputs=U, forbid="both"), "mask": Constraint(mask=D > 0.3),
+    }[kind]  # fmt: skip
+    torch.testing.assert_close(c.transposed.permitted(D.mT), c.permitted(D).mT)
+    assert c.transposed.forbidden_norm(D.mT) == pytest.approx(c.forbidden_norm(D)) and c.forbidden_norm(D) > 0.1
+    torch.testing.assert_close(c.transposed.transposed.permitted(D), c.permitted(D))
+    c.transposed.check(torch.Size([5, 5]))
+
+
 def test_coverage():
     X = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert coverage(X, torch.eye(2)[:, :1]) == pytest.approx(9 / 25)

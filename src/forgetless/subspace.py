@@ -270,6 +270,14 @@ class Constraint:
         moved.inputs, moved.outputs = (None if V is None else V.to(device, dtype) for V in (self.inputs, self.outputs))
         return moved
 
+    @property
+    def transposed(self) -> Constraint:
+        """The same constraint for the weight stored as its transpose (in, out): inputs and outputs change places."""
+        turned = object.__new__(Constraint)
+        turned.forbid, turned.inputs, turned.outputs = self.forbid, self.outputs, self.inputs
+        turned.mask = None if self.mask is None else self.mask.mT.contiguous()
+        return turned
+
     def permitted(self, D: Tensor) -> Tensor:
         """The part of D (out, in) that may be applied."""
         if self.mask is not None:

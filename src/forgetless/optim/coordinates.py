@@ -6,7 +6,7 @@
 P and Q are orthogonal to what the constraint protects on their side, so dW is, whatever an optimizer does to R element by element.
 
 Functions of a parameter group and of one tensor's state ("basis" is Q, "basis_left" P, and Adam's moments where they exist). The gradient is read with the
-side that Q reduces last: G (out, in) for "inputs" and "both", its transpose for "outputs"; (m, n) below.
+side that Q reduces last, (m, n) below. The group's constraint and side speak of the weight as stored.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ REFRESH = ("cold", "warm", "exact", "svd")
 MOMENTS = ("rotate", "reset", "keep")
 
 
+def flipped(group: dict[str, Any]) -> bool:
+    """Is the gradient read as its transpose? For side "outputs"; and for both sides of a weight stored (in, out), so that it learns as if stored (out, in)."""
+    return group["side"] == "outputs" or group["side"] == "both" and group["flipped"]
+
+
 def read(group: dict[str, Any], G: Tensor) -> Tensor:
-    """G (out, in) as (m, n); its own inverse."""
-    return G.mT if group["side"] == "outputs" else G
+    """G, of the weight's shape, as (m, n); its own inverse."""
+    return G.mT if flipped(group) else G
 
 
 def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -34,9 +39,8 @@ def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     constraint = group["constraint"]
     if constraint is None or constraint.forbid == "both":
         return None, None
-    if group["side"] == "both":
-        return constraint.outputs, constraint.inputs
-    return None, constraint.inputs if group["side"] == "inputs" else constraint.outputs
+    left, right = (constraint.inputs, constraint.outputs) if flipped(group) else (constraint.outputs, constraint.inputs)
+    return (left if group["side"] == "both" else None), right
 
 
 def covers(group: dict[str, Any]) -> bool:
@@ -51,7 +55,7 @@ def covers(group: dict[str, Any]) -> bool:
 
 def sizes(group: dict[str, Any], shape: torch.Size) -> tuple[int, int, int]:
     """(m, n, r) for a weight of this shape: r directions, fewer where less is left of a side."""
-    m, n = shape[::-1] if group["side"] == "outputs" else shape
+    m, n = shape[::-1] if flipped(group) else shape
     U, V = protected(group)
     return m, n, min(group["rank"], m - _width(U), n - _width(V))
 
@@ -67,7 +71,7 @@ def _width(V: Tensor | None) -> int:
 
 
 def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int) -> Tensor | None:
-    """R (m, r) or (r, r) of the gradient G (out, in), after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
+    """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
     updates = int(state.get("updates", 0))
     if updates % group["refresh_gap"] == 0 or "basis" not in state:
         choose(group, state, G, (seed, index, updates))
@@ -83,7 +87,7 @@ def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int,
 
 
 def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple[int, int, int]) -> None:
-    """Choose Q, and P, for the gradient G (out, in) and carry the moments over: orthonormal and orthogonal to what is protected, whatever the rank of G."""
+    """Choose Q, and P, for the gradient G and carry the moments over: orthonormal and orthogonal to what is protected, whatever the rank of G."""
     U, V = protected(group)
     _, n, r = sizes(group, G.shape)
     scale = torch.linalg.matrix_norm(G)
@@ -130,9 +134,9 @@ def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | Non
 
 
 def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tuple[Tensor, Tensor]:
-    """L (out, r) and K (r, in) with dW = L K, for a step delta (m, r) or (r, r) in the coordinates."""
+    """Two thin factors L, K with dW = L K in the weight's shape, for a step delta (m, r) or (r, r) in the coordinates."""
     left, Q = delta if group["side"] != "both" else state["basis_left"] @ delta, state["basis"]
-    return (Q, left.mT) if group["side"] == "outputs" else (left, Q.mT)
+    return (Q, left.mT) if flipped(group) else (left, Q.mT)
 
 
 def leak(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> float:

@@ -37,6 +37,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
             rank (int, optional): keep the state in this many directions; None is dense.
             side (str): "inputs" (R = G Q, Q in x r; state (2 out + in) r), "outputs" (R = Q^T G, Q out x r; (2 in + out) r), or "both" (R = P^T G Q,
                 P out x r, Q in x r; (2 r + out + in) r).
+            transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint and side speak of the logical (out, in) matrix all the
+                same. `param_groups` then shows both as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
                 With both sides, P is what G Q points along.
@@ -90,23 +92,35 @@ class SubspaceAdamW(torch.optim.Optimizer):
     # -- checking ------------------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        super().add_param_group(dict(param_group))  # a copy: what is changed below stays out of the caller's group, who may use it again
         group = self.param_groups[-1]
+        constraint: Constraint | None = group["constraint"]
+        transposed = group.pop("transposed", False)
         options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, precision=rounding.PRECISIONS)
         for key, allowed in options.items():
             if group[key] not in allowed:
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
+        if not isinstance(transposed, bool):
+            raise ValueError(f"SubspaceAdamW: transposed={transposed!r}; True for a weight stored (in, out), or False")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
             raise ValueError(f"SubspaceAdamW: rank={group['rank']} and refresh_gap={group['refresh_gap']} must be at least 1")
-        constraint: Constraint | None = group["constraint"]
         for p in group["params"]:
             if group["rank"] is not None and p.ndim != 2:
                 raise ValueError(f"SubspaceAdamW: rank={group['rank']} on a tensor of shape {tuple(p.shape)}; low-rank state needs a matrix")
+            if transposed and p.ndim != 2:
+                raise ValueError(f"SubspaceAdamW: transposed=True on a tensor of shape {tuple(p.shape)}; only a matrix is stored as its transpose")
             if constraint is not None:
-                constraint.check(p.shape)
-                group["constraint"] = constraint = constraint.to(p.device, working_dtype(p.dtype))
+                constraint.check(p.shape[::-1] if transposed else p.shape)
+        group.setdefault("flipped", transposed)  # which way both sides are read; there already where the group comes from another optimizer
+        if transposed:  # from here on everything speaks of the weight as stored
+            group["side"] = {"inputs": "outputs", "outputs": "inputs", "both": "both"}[group["side"]]
+            constraint = None if constraint is None else constraint.transposed
+        for p in group["params"]:
+            if constraint is not None:
+                constraint = constraint.to(p.device, working_dtype(p.dtype))
             if self._keeps_start(group):
                 self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
+        group["constraint"] = constraint
 
     @staticmethod
     def _keeps_start(group: dict[str, Any]) -> bool:
@@ -149,7 +163,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if not self.max_grad_norm or not gradients:
             self.grad_norm = None
             return
-        self.grad_norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(R.float()) for R in gradients]))
+        self.grad_norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(R) for R in gradients]))
         factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for R in gradients:
             R.mul_(factor.to(R.device, R.dtype))
