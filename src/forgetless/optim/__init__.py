@@ -1,5 +1,5 @@
-"""Optimizers. subspace_adamw.py is the one the library trains with; constrained.py gives its guarantee to any torch optimizer; reference.py is the slow,
-obvious version the tests hold the fast one to."""
+"""Optimizers. subspace_adamw.py is the one the library trains with, on coordinates.py (low-rank state) and rounding.py (bf16 and fp16 weights); constrained.py
+gives its guarantee to any torch optimizer; reference.py is the slow, obvious version the tests hold the fast one to."""
 
 from .constrained import constrain
 from .subspace_adamw import SubspaceAdamW

@@ -58,7 +58,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     `track_leak = True` makes each step measure the largest ||forbidden part|| / ||update|| over its tensors into `update_leak` (a small extra product a tensor).
 
-    Raises ValueError for a basis that does not fit its weight, an unknown option value, a rank below 1 or on a tensor that is no matrix.
+    Raises ValueError for a basis that does not fit its weight, an unknown option value, a rank below 1, a rank or `transposed` on a tensor that is no matrix.
 
     >>> W = torch.nn.Parameter(torch.zeros(4, 3)); V = torch.eye(3)[:, :1]
     >>> opt = SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=V)}], lr=0.1)
@@ -146,7 +146,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         return ((group, p) for group in self.param_groups for p in group["params"])
 
     def _gradient(self, group: dict[str, Any], p: Tensor, index: int) -> Tensor | None:
-        """The gradient as Adam will see it: G, its permitted part, or R = G Q (out, r). None: nothing to do in this step."""
+        """The gradient as Adam will see it: G, its permitted part, or its coordinates R. None: nothing to do in this step."""
         G = p.grad
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
