@@ -279,3 +279,19 @@ def test_a_file_and_back_in_the_middle_of_a_task():
 def test_unknown_words_are_refused(group, settings):
     with pytest.raises(ValueError, match="one of"):
         ReleasedGORP([{"params": [nn.Parameter(torch.zeros(2, 2))], "kind": "full", **group}], **settings)
+
+
+@pytest.mark.parametrize("mode", ["as_released", "persist_only", "as_intended"])
+def test_the_released_arithmetic_runs_as_a_method(mode, small_run, tiny):
+    """Through the same loop as our methods: what a mode keeps is in the next task, what it loses is not."""
+    import forgetless as fl
+    from forgetless import models
+    from forgetless.lineage import load_memory
+
+    method = {"name": "benchmarks.peers.gorp_released_method:Released", "mode": mode, "full_lr_ratio": 1.0, "lora_dropout": 0.0}
+    result = fl.run(small_run(method, tasks=("colour", "animal")))
+    base, after = (models.load(p)[0] for p in (tiny, str(result.path / "model")))
+    moved = {n for (n, a), (_, b) in zip(base.named_parameters(), after.named_parameters(), strict=True) if not torch.equal(a, b)}
+    assert any("q_proj" in n for n in moved) and any("gate_proj" in n for n in moved) == (mode != "as_released")
+    spaces = load_memory(result.path / "tasks" / "01-animal" / "state").tensors
+    assert bool(spaces) == (mode == "as_intended")

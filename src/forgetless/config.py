@@ -217,7 +217,7 @@ class RunConfig(_Model):
     def _known_method(cls, method: MethodConfig) -> MethodConfig:
         from .methods import REGISTRY
 
-        if method.name not in REGISTRY:
+        if method.name not in REGISTRY and ":" not in method.name:  # module:Class is a method of the user's own
             raise ValueError(f"there is no method '{method.name}'{nearest(method.name, REGISTRY)}")
         return method
 

@@ -98,7 +98,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints, config.precision
         )
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
-        state_bytes = trained.optimizer.state_bytes()
+        state_bytes = trained.state_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
         model = method.end_task(model, task, memory)
         trained_at = time.perf_counter()

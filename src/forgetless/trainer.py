@@ -80,10 +80,17 @@ def _cpu_flags() -> str:
 class TrainResult:
     """What the loop wants to know of a task's training."""
 
-    optimizer: SubspaceAdamW
+    optimizer: torch.optim.Optimizer
     start: dict[Tensor, Tensor]  # each constrained weight as it was
     steps: list[dict[str, Any]]  # loss, learning_rate, update_leak a step
     autocast: bool
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's tensors, each storage once, with the bases of its constraints where it has some."""
+        if isinstance(self.optimizer, SubspaceAdamW):
+            return self.optimizer.state_bytes()
+        tensors = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def train_task(
@@ -96,9 +103,7 @@ def train_task(
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
         optimizer = prepare(model, method, args, seed, precision)
-        start = {
-            p: p.detach().clone() for g in optimizer.param_groups if g["constraint"] is not None and not g["constraint"].empty for p in g["params"]
-        }
+        start = {p: p.detach().clone() for g in optimizer.param_groups if (c := g.get("constraint")) is not None and not c.empty for p in g["params"]}
         data = Encoded(task, tokenizer, rows)
         attention = model.config._attn_implementation
         if args.use_cpu and max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50))) <= 512:
@@ -127,7 +132,7 @@ def train_task(
     return TrainResult(optimizer, start, log, bool(args.bf16))
 
 
-def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -> SubspaceAdamW:
+def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -> torch.optim.Optimizer:
     """The optimizer over the method's groups; everything else is frozen."""
     groups = method.param_groups(model)
     trained = {p for group in groups for p in group["params"]}
@@ -135,16 +140,17 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
         raise ConfigError(f"method {method.name}: nothing to train")
     for p in model.parameters():
         p.requires_grad_(p in trained)
-    optimizer = SubspaceAdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                              weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, seed=seed)  # fmt: skip
+    optimizer = method.optimizer(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                                 weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, seed=seed)  # fmt: skip
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = args.max_grad_norm
-    args.max_grad_norm = 0.0  # the Trainer clips before the projection; the optimizer does after it
+    if isinstance(optimizer, SubspaceAdamW):
+        args.max_grad_norm = 0.0  # the Trainer clips before the projection; this optimizer does after it
     return optimizer
 
 
 def make_trainer(
-    model: nn.Module, tokenizer, task: Task, method: Method, data: Encoded, args, optimizer: SubspaceAdamW, log: list[dict[str, Any]],
+    model: nn.Module, tokenizer, task: Task, method: Method, data: Encoded, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
     progress: Progress, checkpoints: Checkpoints | None,
 ):  # fmt: skip
     """A Trainer that asks the method, logs every step into `log`, and stops at a loss that is no number."""
@@ -161,9 +167,8 @@ def make_trainer(
         def on_step_end(self, args, state, control, **_):
             losses, trainer.micro_losses = trainer.micro_losses, []
             loss = distributed.mean(sum(losses), args.device)  # each micro-batch carries its share of the step's answer tokens
-            log.append(
-                {"step": state.global_step, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"], "update_leak": optimizer.update_leak}
-            )
+            rate, leak = optimizer.param_groups[0]["lr"], getattr(optimizer, "update_leak", None)
+            log.append({"step": state.global_step, "loss": loss, "learning_rate": rate, "update_leak": leak})
             progress.advance(state.global_step, f"loss {loss:.3f}")
 
         def on_save(self, args, state, control, **_):

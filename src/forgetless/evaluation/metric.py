@@ -8,17 +8,15 @@ module:function       function(prediction, answer) of the user's, on the generat
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
-import os
 import re
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ..errors import ConfigError, DataError, nearest
+from ..errors import ConfigError, DataError
+from ..importing import named
 
 
 def generates(name: str) -> bool:
@@ -67,19 +65,7 @@ def score(name: str, prediction: str, answer: str) -> float:
 @lru_cache
 def function(name: str) -> Callable[[str, str], float]:
     """The function that "module:function" names, looked for in the working directory and on sys.path."""
-    module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever the module does when it is imported
-        raise ConfigError(f"cannot be imported from the working directory or sys.path ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(here)
-    if not callable(getattr(found, attribute, None)):
-        known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"module {module} has no function {attribute}{nearest(attribute, known) if known else ''}")
-    return getattr(found, attribute)
+    return named(name, "function")
 
 
 @lru_cache

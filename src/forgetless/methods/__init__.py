@@ -15,11 +15,26 @@ REGISTRY = {
 
 
 def get_class(name: str):
-    """The class of a method. Raises ConfigError with the nearest name."""
+    """The class of a method: of the registry, or "module:Class" of your own. Raises ConfigError with the nearest name."""
+    if ":" in name:
+        return _own(name)
     if name not in REGISTRY:
         raise ConfigError(f"there is no method '{name}'{nearest(name, REGISTRY)}")
     module, _, cls = REGISTRY[name].partition(":")
     return getattr(importlib.import_module(f".{module}", __name__), cls)
+
+
+def _own(name: str):
+    from ..importing import named
+    from .base import Method
+
+    try:
+        cls = named(name, "class")
+    except ConfigError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(f"method {name}: is not a subclass of forgetless.Method")
+    return cls
 
 
 def get(name: str, **options):

@@ -1,7 +1,7 @@
 """What a method is: the hooks the loop calls, each a no-op by default. One method, one file, one line in the registry.
 
 The order of calls for one task:
-    check -> begin_task -> train_data -> param_groups -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
+    check -> begin_task -> train_data -> param_groups -> optimizer -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
 A task that goes on from a checkpoint has resume_task in place of begin_task.
 """
 
@@ -82,6 +82,12 @@ class Method:
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups for SubspaceAdamW. Parameters in none of them stay bit-identical."""
         raise NotImplementedError
+
+    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        """The optimizer of one task. settings: lr, betas, eps, weight_decay, max_grad_norm, precision, seed. Any but a SubspaceAdamW is clipped by the Trainer."""
+        from ..optim import SubspaceAdamW
+
+        return SubspaceAdamW(groups, **settings)
 
     def train_data(self, task: Task, memory: Memory) -> list[Example]:
         """The rows to train on."""
