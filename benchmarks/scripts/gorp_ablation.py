@@ -5,9 +5,9 @@
     FORGETLESS_DATA=... python benchmarks/scripts/gorp_ablation.py final --order 2
     python benchmarks/scripts/gorp_ablation.py table
 
-B is the LoRA branch, L the full-rank branch, S the shared space. B alone is inclora: our projection is onto the complement of S, and without S that is everything. The tuning stream is the dev rows
-of both tasks (10 % of train by hash, which final runs never train on), four fifths of them to train and one fifth to score; the best final choice accuracy wins.
-About seven core-hours to tune and ten for an order, on two cores in half of that; a resumable queue (runs.py).
+B is the LoRA branch, L the full-rank branch, S the shared space. B alone is inclora: our projection is onto the complement of S, and without S that is everything.
+The tuning stream is the dev rows of both tasks (10 % of train by hash, which final runs never train on), four fifths of them to train and one fifth to score; the best
+final choice accuracy wins. About seven core-hours to tune and ten for an order, on two cores in half of that; a resumable queue (runs.py).
 """
 
 from __future__ import annotations
