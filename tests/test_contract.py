@@ -119,8 +119,8 @@ def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
 
 @every
 def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options, small_run, tiny):
-    adapters_alone = "lora" in name or not options.get("use_full_rank", True) or options.get("preset") == "paper"
-    rate = 1e-2 if adapters_alone else 1e-3
+    few = "lora" in name or not options.get("use_full_rank", True) or options.get("preset") == "paper" or "full_modules" in options
+    rate = 1e-2 if few else 1e-3  # where few weights learn, they have to go further in 25 steps
     config = small_run(
         {"name": name, **options},
         tasks=("colour", "animal"),
