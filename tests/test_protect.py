@@ -104,4 +104,21 @@ def test_a_first_task_that_goes_on_from_a_checkpoint_is_protected_too(small_run,
     with pytest.raises(Killed), monkeypatch.context() as patch:
         kill_at(patch, 4)
         fl.run(config)
-    assert (fl.run(config).path / "lineage.jsonl").read_text() == whole
+    result = fl.run(config)
+    assert (result.path / "lineage.jsonl").read_text() == whole
+    (tmp_path / "p.jsonl").unlink()  # what it protects is in the run's memory by now
+    assert fl.run(config).resumed_at == 1
+
+
+def test_other_prompts_begin_the_first_task_anew(small_run, tmp_path, monkeypatch):
+    from test_contract import Killed, kill_at
+
+    source = tmp_path / "p.jsonl"
+    config = small_run("gorp", tasks=("colour",), protect_from=write(source, [{"prompt": PROMPTS[0]}]), checkpoint_every=2)
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        fl.run(config)
+    write(source, [{"prompt": PROMPTS[2]}])
+    calls = kill_at(monkeypatch, 0)
+    fl.run(config)
+    assert len(calls) == 6

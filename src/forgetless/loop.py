@@ -71,16 +71,15 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     stream = load_stream(config)
     for warning in stream.warnings():
         progress.say(f"warning: {warning}")
-    prompts = read_prompts(config.protect_from) if config.protect_from else []
     with opened(config, stream) as (folder, done):
         if len(done) < len(stream):
-            learn(folder, config, stream, method, done, prompts, progress)
+            learn(folder, config, stream, method, done, progress)
         return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done), watched(folder, stream))
 
 
-def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], prompts: list, progress: Progress) -> None:
+def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
     """Every task of the stream that is not committed yet."""
-    model, tokenizer, memory = start(folder, config, stream, method, done, prompts, progress)
+    model, tokenizer, memory = start(folder, config, stream, method, done, progress)
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
         progress.tasks(index, len(stream))
@@ -88,7 +87,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         begun = time.perf_counter()
 
         # prepare (or go on from a checkpoint), train, consolidate
-        checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, config, task, index))
+        checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, config, task, index, memory))
         if checkpoints.step:
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
             model = method.resume_task(model, task, memory, checkpoints.method_state())
@@ -129,7 +128,6 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             "steps": trained.steps,
         }
         folder.commit(index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry, config.keep)
-
         checkpoints.drop()
 
         seconds = {
@@ -161,8 +159,9 @@ def opened(config: RunConfig, stream: TaskStream) -> Iterator[tuple[RunFolder, l
             folder.close()
 
 
-def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], prompts: list, progress: Progress):
+def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress):
     """(model, tokenizer, memory) where the run stands: after the last committed task, or at the pretrained model."""
+    prompts = read_prompts(config.protect_from) if config.protect_from and not done else []  # later it is in the method's memory
     source = str(folder.path / "tasks" / done[-1] / "model") if done else config.model
     model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
@@ -179,7 +178,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     elif distributed.is_main():
         for name in ("before.json", "watch.json"):
             (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
-    if prompts and not done:
+    if prompts:
         progress.stage("protecting the inputs of protect_from", len(prompts))
         method.protect(model, [encode(tokenizer, prompt) for prompt in prompts], memory, progress.advance)
         memory.info["protect_from"] = {"prompts": len(prompts), "sha256": fingerprint(prompts)}

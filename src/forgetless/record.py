@@ -19,7 +19,7 @@ from .evaluation.drift import measure_coverage
 from .evaluation.matrix import AccuracyMatrix, wilson
 from .evaluation.scorers import Prediction, failures, score_rows
 from .lineage import RunFolder, canonical, write_atomic
-from .methods.base import Method
+from .methods.base import Memory, Method
 from .progress import Progress
 from .tasks import Task, TaskStream, sample
 from .trainer import DEFAULTS
@@ -169,10 +169,10 @@ def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(canonical(comparable(config)).encode()).hexdigest()
 
 
-def checkpoint_key(folder: RunFolder, config: RunConfig, task: Task, index: int) -> dict[str, Any]:
-    """What must be the same for a task to go on from a checkpoint: the settings, its data, its place, and the commit before it."""
-    lines = folder.lineage()
-    return {"config": config_sha256(config), "data": task.sha256, "index": index, "parent": lines[index - 1]["hash"] if index else ""}
+def checkpoint_key(folder: RunFolder, config: RunConfig, task: Task, index: int, memory: Memory) -> dict[str, Any]:
+    """What must be the same for a task to go on from a checkpoint: the settings, its data, its place, the commit before it, and what was protected first."""
+    parent, protected = folder.lineage()[index - 1]["hash"] if index else "", memory.info.get("protect_from")
+    return {"config": config_sha256(config), "data": task.sha256, "index": index, "parent": parent, "protect_from": protected}
 
 
 def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> list[str]:
