@@ -487,7 +487,7 @@ def test_bf16_weights_learn_with_fp32_masters_and_stall_without(name, small_run,
         config = small_run(method, tasks=("colour",), train=train, evaluate={"limit": 2}, **changes)
         after = AutoModelForCausalLM.from_pretrained(fl.run(config | {"output_dir": str(tmp_path / where)}).path / "model", dtype=torch.float32)
         base = AutoModelForCausalLM.from_pretrained(config["model"]).to(getattr(torch, changes.get("dtype", "float32"))).float()
-        return float(sum((a - b).double().norm() ** 2 for a, b in zip(after.parameters(), base.parameters(), strict=True)) ** 0.5)
+        return float(sum((a - b).detach().double().norm() ** 2 for a, b in zip(after.parameters(), base.parameters(), strict=True)) ** 0.5)
 
     exact = moved("fp32")
     master, plain = (moved(p, dtype="bfloat16", precision=p) for p in ("fp32_master", "plain"))
