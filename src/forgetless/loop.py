@@ -69,7 +69,7 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     stream = load_stream(config)
-    for warning in stream.warnings():
+    for warning in stream.warnings(config.evaluate.split):
         progress.say(f"warning: {warning}")
     with opened(config, stream) as (folder, done):
         if len(done) < len(stream):

@@ -173,16 +173,16 @@ class TaskStream:
     def __getitem__(self, i: int) -> Task:
         return self.tasks[i]
 
-    def warnings(self) -> Iterator[str]:
-        """Texts that are trained and also scored, in words."""
+    def warnings(self, split: str = "test") -> Iterator[str]:
+        """Texts that are trained and also scored, in words; split: the one that is scored of the watch sets."""
         for task in self.tasks:
-            for split, n in (("test", task.overlap), ("dev", task.overlap_dev)):
+            for kind, n in (("test", task.overlap), ("dev", task.overlap_dev)):
                 if n:
-                    yield f"task '{task.name}': {n} {split} texts also stand in its training rows"
+                    yield f"task '{task.name}': {n} {kind} texts also stand in its training rows"
         for task in self.tasks if self.watch else ():
             trained = {_normal(e.text) for e in task.train}
             for watched in self.watch:
-                if n := len(trained & {_normal(e.text) for e in (*watched.test, *watched.dev)}):
+                if n := len(trained & {_normal(e.text) for e in watched.split(split)}):
                     yield f"watch '{watched.name}': {n} of its texts also stand in the training rows of task '{task.name}'"
 
 
