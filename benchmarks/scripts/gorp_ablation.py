@@ -16,9 +16,8 @@ import argparse
 import itertools
 import json
 
-from standard_cl import PROMPTS, TRAIN, config
-
 from runs import RESULTS, ROOT, Queue, difference, recorded, show, work_through
+from standard_cl import PROMPTS, TRAIN, config
 
 RUNS = ROOT / "runs" / "gorp_ablation"
 ORDERS = {1: ("dbpedia", "amazon", "yahoo", "agnews"), 2: ("dbpedia", "amazon", "agnews", "yahoo")}

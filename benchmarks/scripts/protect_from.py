@@ -15,9 +15,8 @@ import math
 import os
 from pathlib import Path
 
-from standard_cl import config
-
 from runs import RESULTS, ROOT, work_through
+from standard_cl import config
 
 RUNS = ROOT / "runs" / "protect_from"
 PROMPTS, HELD, TOKENS = 200, 100, 256
