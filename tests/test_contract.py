@@ -497,6 +497,28 @@ def test_bf16_weights_learn_with_fp32_masters_and_stall_without(name, small_run,
     assert plain < 0.75 * exact and master > 0.9 * exact
 
 
+@pytest.mark.parametrize("name", ["gorp", "seqft", "lora"])
+def test_row_3_under_bf16_autocast(name, small_run, tmp_path, monkeypatch):
+    """Every task is trained under it, not only the first of a process, which is what a resumed run would begin with."""
+    train = {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4, "bf16": True, "use_cpu": True}
+    config = small_run(name, tasks=("colour", "animal"), train=train)
+    dtypes, linear, loss = [], torch.nn.functional.linear, importlib.import_module("forgetless.trainer").answer_loss
+
+    def step(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.nn.functional.linear", lambda *a: dtypes.append((y := linear(*a)).dtype) or y)
+            return loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("forgetless.trainer.answer_loss", step)
+        whole = (fl.run(config | {"output_dir": str(tmp_path / "whole")}).path / "lineage.jsonl").read_text()
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) % 12 == 0
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        kill_at(patch, 9)
+        fl.run(config)
+    assert (fl.run(config).path / "lineage.jsonl").read_text() == whole
+
+
 @pytest.mark.parametrize("precision", ["fp32_master", "stochastic_rounding", "kahan"])
 def test_row_3_with_bf16_weights(precision, small_run, tmp_path, monkeypatch):
     """Masters, compensation and the draws of stochastic rounding go on where they were."""

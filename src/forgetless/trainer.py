@@ -120,7 +120,10 @@ def train_task(
                 trainer.train(resume_from_checkpoint=str(checkpoints.path) if checkpoints and checkpoints.path else None)
         finally:
             model.set_attn_implementation(attention)
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else each task would leave its autocast wrapper round model.forward
+            # Accelerate leaves its autocast wrapper round model.forward, which would pile up task by task, and a mark that it is there, by which the next task
+            # would be trained without one
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            model.__dict__.pop("_is_accelerate_prepared", None)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
         raise Diverged(
