@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_model_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgetless.evaluation.drift import measure_coverage, record_inputs
 from forgetless.evaluation.matrix import AccuracyMatrix, paired_bootstrap, wilson
-from forgetless.evaluation.scorers import Prediction, _greedy, _likelihoods, _prefill, failures, likelihoods_plain, normalize, score_rows
+from forgetless.evaluation.scorers import Prediction, _beginning, _greedy, _likelihoods, _prefill, failures, likelihoods_plain, normalize, score_rows
 from forgetless.models import linear_modules
 from forgetless.tasks import Example, Task
 
@@ -36,27 +37,34 @@ def make_task(labels=("red", "good bad maybe", "good bad", "cat dog bird yes")):
 # -- scorers -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_tree_of_labels_scores_as_whole_sequences_do(model, tokenizer):
-    """Padded batch, labels as branches in one pass = one plain forward a (row, label)."""
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_tree_of_labels_scores_as_whole_sequences_do(shared, kind, tokenizer, tmp_path):
+    """Padded batch, labels as branches in one pass, what the prompts begin with read once = one plain forward a (row, label)."""
+    model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path / "model", kind=kind)).eval()
     task = make_task()
     prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
     labels = [task.encode_answer(tokenizer, label) for label in task.labels]
     assert {len(label) for label in labels} == {2, 3, 4, 5}
     with torch.no_grad():
-        tree = _likelihoods(model, _prefill(model, prompts), labels)
+        beginning = _beginning(model, prompts, least=1)
+        assert beginning.length > 0
+        for _ in range(2):  # the second batch finds it as the first did
+            tree = _likelihoods(model, _prefill(model, prompts, beginning if shared else None), labels)
         lengths = torch.tensor([len(label) - 1 for label in labels])
         for whole, normalized, prompt in zip(tree.whole, tree.normalized, prompts, strict=True):
             torch.testing.assert_close(whole, likelihoods_plain(model, prompt, labels), atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(normalized, likelihoods_plain(model, prompt, [label[:-1] for label in labels]) / lengths, atol=2e-5, rtol=1e-5)
 
 
-def test_greedy_after_the_tree_is_generate(model, tokenizer):
+@pytest.mark.parametrize("shared", [True, False])
+def test_greedy_after_the_tree_is_generate(shared, model, tokenizer):
     """The branches stay in the cache; what is generated afterwards must not see them."""
     task = make_task()
     prompts = [task.encode_prompt(tokenizer, e.text) for e in task.test]
     labels = [task.encode_answer(tokenizer, label) for label in task.labels]
     with torch.no_grad():
-        state = _prefill(model, prompts)
+        state = _prefill(model, prompts, _beginning(model, prompts, least=1) if shared else None)
         _likelihoods(model, state, labels)
         texts = _greedy(model, tokenizer, state, 4)
         for text, prompt in zip(texts, prompts, strict=True):

@@ -2,7 +2,7 @@
 
 choice: the most likely of the task's own labels, by the probability of the whole answer, label and end token: what the model knows, even where its words drifted.
     The labels are appended to the prompt once, as branches of a tree that see the prompt and themselves only, so a row with 14 labels costs little more
-    than its prompt.
+    than its prompt. What all prompts of a task begin with is read once.
 calibrated: the same by length-normalised log-likelihood minus its mean after three texts without content (Zhao et al. 2021, arXiv 2102.09690). Made for models
     nobody tuned; on tuned ones it loses up to ten points of what exact match shows to be there (dev/LOG.md), so it is not the default.
 exact_match: greedy generation, compared after lower-casing, dropping punctuation and squeezing spaces: answers a program could use.
@@ -12,9 +12,12 @@ metric: each task's own, see metric.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import os
 import string
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +81,10 @@ def score_rows(
         with _autocast(model, autocast), _fp32_head(model):
             if "calibrated" in scorers and labels:
                 empty = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, text) for text in CONTENT_FREE]), labels)
+            beginning = _beginning(model, prompts) if labels or generate else None
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                state = _prefill(model, [prompts[i] for i in batch]) if labels or generate else None
+                state = _prefill(model, [prompts[i] for i in batch], beginning) if labels or generate else None
                 tokens = _likelihoods(model, state, labels) if labels else None
                 choice = tokens.whole.argmax(1).tolist() if labels and "choice" in wanted else None
                 calibrated = (tokens.normalized - empty.normalized.mean(0)).argmax(1).tolist() if labels and "calibrated" in scorers else None
@@ -118,18 +122,46 @@ def failures(predictions: list[Prediction], task: Task, others: list[Task]) -> d
 class _State:
     """Prompts in the cache: mask (B, P) 1 where a real token stands, next_position (B,), last (B, vocab) log-probabilities of the next token."""
 
-    cache: object
+    cache: Any
     mask: Tensor
     next_position: Tensor
     last: Tensor
 
 
-def _prefill(model: nn.Module, prompts: list[list[int]]) -> _State | seq2seq.Read:
+@dataclass
+class _Beginning:
+    """The tokens all prompts begin with, such as an instruction, read once: their keys and values."""
+
+    cache: Any
+    length: int
+
+    def repeated(self, rows: int) -> Any:
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def _beginning(model: nn.Module, prompts: list[list[int]], least: int = 8) -> _Beginning | None:
+    """None where it is not worth it, or where the model's cache is more than plain keys and values (a sliding window, a recurrent state)."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # something is left of each
+    if len(prompts) == 1 or n < least or is_seq2seq(model):
+        return None
+    ids = torch.tensor([prompts[0][:n]], device=next(model.parameters()).device)
+    cache = model(**known(model, input_ids=ids, logits_to_keep=1), use_cache=True).past_key_values
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return _Beginning(cache, n) if plain else None
+
+
+def _prefill(model: nn.Module, prompts: list[list[int]], beginning: _Beginning | None = None) -> _State | seq2seq.Read:
     if is_seq2seq(model):
         return seq2seq.prefill(model, prompts)
-    ids, mask = (t.to(next(model.parameters()).device) for t in padded(prompts, left=True))
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(**known(model, input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1), use_cache=True)
+    n, past = (beginning.length, {"past_key_values": beginning.repeated(len(prompts))}) if beginning else (0, {})
+    ids, mask = (t.to(next(model.parameters()).device) for t in padded([p[n:] for p in prompts], left=True))
+    positions = (mask.cumsum(1) - 1).clamp_min(0) + n
+    mask = torch.cat([mask.new_ones(len(prompts), n), mask], 1)
+    out = model(**known(model, input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1), **past, use_cache=True)
     return _State(out.past_key_values, mask, mask.sum(1), out.logits[:, -1].float().log_softmax(-1))
 
 
