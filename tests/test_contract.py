@@ -186,8 +186,9 @@ def test_row_3_killed_inside_a_task_and_resumed_is_never_killed(name, options, s
     result = fl.run(broken)
     assert (result.path / "lineage.jsonl").read_text() == whole
     assert len(begun) == 2 and len(calls) == 2 * 4 - 1  # never begun again; steps 7 to 10, of which the last has one batch
-    steps = [e["step"] for e in map(json.loads, (result.path / "timing.jsonl").read_text().splitlines()) if e["event"] == "step"]
-    assert steps == [*range(1, 11), *range(1, 11)]
+    steps = [e for e in map(json.loads, (result.path / "timing.jsonl").read_text().splitlines()) if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [*range(1, 11), *range(1, 11)]
+    assert [e["learning_rate"] for e in steps] == pytest.approx([1e-3 * (10 - i) / 10 for i in (*range(10), *range(10))])  # as the step was taken
     assert not [p for p in (result.path / "tasks").iterdir() if p.name.startswith(".")]
 
 

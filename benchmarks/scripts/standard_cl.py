@@ -39,19 +39,20 @@ def config(
     }  # fmt: skip
 
 
-TRIALS = (  # rank, full_lr_ratio, energy of gorp; rank None is dense Adam inside the permitted space
-    (None, 1.0, 0.95), (None, 1.0, 0.9), (None, 1.0, 0.85), (None, 1.5, 0.9), (None, 2.0, 0.95), (64, 3.0, 0.95), (8, 20.0, 0.95), (32, 4.0, 0.95), (8, 10.0, 0.95), (8, 10.0, 0.9),
-)  # fmt: skip
+TRIALS = {  # one thing changed at a time; rank None is dense Adam inside the permitted space
+    "default": {}, "energy0.9": {"energy": 0.9}, "energy0.98": {"energy": 0.98}, "first_moment": {"space_from": "first_moment"}, "ratio2": {"full_lr_ratio": 2.0},
+    "attention": {"full_modules": r".*self_attn\..*"}, "mlp": {"full_modules": r".*mlp\..*"},
+    "rank64": {"rank": 64, "full_lr_ratio": 3.0}, "rank8": {"rank": 8, "full_lr_ratio": 10.0}, "rank8-ratio20": {"rank": 8, "full_lr_ratio": 20.0},
+}  # fmt: skip
 
 
 def tuning() -> Queue:
     """gorp's settings on dev rows of the stream, with a seed of their own; test rows are never looked at."""
-    queue = {}
-    for tag, options in PROMPTS.items():
-        for rank, ratio, energy in TRIALS:
-            method = {"name": "gorp", "rank": rank, "full_lr_ratio": ratio, "energy": energy}
-            queue[f"tune-{tag}-rank{rank}-ratio{ratio:g}-energy{energy:g}"] = config(method, options, 100, "dev", 100, ("choice", "exact_match"))
-    return queue
+    return {
+        f"tune-{tag}-{name}": config(METHODS["gorp"] | changes, options, 100, "dev", 100, ("choice", "exact_match"))
+        for tag, options in PROMPTS.items()
+        for name, changes in TRIALS.items()
+    }
 
 
 def final() -> Queue:

@@ -165,13 +165,13 @@ def make_trainer(
     class Hooks(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **_):
             method.on_step(model)
+            self.rate = optimizer.param_groups[0]["lr"]  # at a step's end the schedule has moved on
             optimizer.track_leak = (state.global_step + 1) % 10 == 0 or state.global_step + 1 == state.max_steps
 
         def on_step_end(self, args, state, control, **_):
             losses, trainer.micro_losses = trainer.micro_losses, []
             loss = distributed.mean(sum(losses), args.device)  # each micro-batch carries its share of the step's answer tokens
-            rate, leak = optimizer.param_groups[0]["lr"], getattr(optimizer, "update_leak", None)
-            log.append({"step": state.global_step, "loss": loss, "learning_rate": rate, "update_leak": leak})
+            log.append({"step": state.global_step, "loss": loss, "learning_rate": self.rate, "update_leak": getattr(optimizer, "update_leak", None)})
             progress.advance(state.global_step, f"loss {loss:.3f}")
 
         def on_save(self, args, state, control, **_):
