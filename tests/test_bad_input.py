@@ -257,6 +257,8 @@ def test_a_key_left_out(here, forgetless_, key):
     [
         pytest.param(None, ["bad.yaml: no such config file", "forgetless init bad.yaml"], id="missing"),
         pytest.param("model: [1", ["bad.yaml: not valid YAML", "line 1"], id="not YAML"),
+        pytest.param("seed: 1\nmethod: gorp\nseed: 2", ["bad.yaml: not valid YAML", "'seed' is given twice", "line 3"], id="a key twice"),
+        pytest.param("method: {name: gorp, rank: 4, rank: 8}", ["bad.yaml: not valid YAML", "'rank' is given twice"], id="a key twice inside"),
         pytest.param("seed: 2024-02-31", ["bad.yaml: not valid YAML", "day is out of range"], id="an impossible date"),
         pytest.param(b"\xff\xfe\xfa", ["bad.yaml: not valid YAML"], id="not text"),
         pytest.param("- model: x", ["bad.yaml: a config is a mapping with model, tasks, method and output_dir", "got list"], id="a list"),
@@ -574,6 +576,20 @@ def test_the_link_to_the_model_replaced_by_a_copy_is_not_deleted(here, finished,
     before = contents(Path("run"))
     assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "model", "move it away"])
     assert contents(Path("run")) == before
+
+
+def test_a_row_the_model_has_no_positions_for(here, forgetless_, tmp_path):
+    """Refused before anything is trained, not at the step that meets it; the same row is fine where the prompt is cut shorter."""
+    entry = here["tasks"][0]
+    rows = Path(entry["data"]).read_text().splitlines()
+    rows[17] = json.dumps({"sentence": "apple " * 70, "label": json.loads(rows[17])["label"]})
+    (tmp_path / "long.jsonl").write_text("\n".join(rows) + "\n")
+    here["tasks"][0] = entry | {"data": str(tmp_path / "long.jsonl")}
+    Path("first.yaml").write_text(yaml.safe_dump(here))
+    parts = ["task 'colour'", "long.jsonl, line 18", "76 tokens with its answer and the model takes 64", "max_prompt_tokens (512)"]
+    assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 4, parts)
+    assert not Path("run/current").exists()
+    assert forgetless_("run", "first.yaml", "--progress", "none", "tasks.0.max_prompt_tokens=40")[0] == 0
 
 
 # -- a loss that is no number --------------------------------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
         if not path.is_file():
             raise ConfigError(f"{path}: no such config file. Make one with: forgetless init {path}")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-02-31
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
@@ -291,6 +291,18 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as the specification has it: a key given twice is an error, where PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _copy(value: Any) -> Any:

@@ -168,7 +168,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
     for task in (*stream, *stream.watch):
-        task.check(tokenizer)
+        task.check(tokenizer, models.positions(model))
     if not done:
         method.check(model)  # no module matched: likewise
     if distributed.is_main():

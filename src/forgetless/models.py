@@ -154,6 +154,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def positions(model: torch.nn.Module) -> int | None:
+    """The longest sequence a decoder-only model was made for; None where its configuration does not say, and for encoder-decoder models."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return None
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def is_linear(module: torch.nn.Module) -> bool:
     """nn.Linear, or transformers' Conv1D (GPT-2), which stores its weight transposed."""
     from transformers.pytorch_utils import Conv1D

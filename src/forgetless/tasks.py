@@ -138,11 +138,24 @@ class Task:
         """The token that ends an answer: eos, or what the chat template closes a turn with."""
         return chat.encode(tokenizer, self._messages(example), self._where(example)).end if self.chat else tokenizer.eos_token_id
 
-    def check(self, tokenizer) -> None:
-        """Refuse now, not after hours, what only the tokenizer shows: a prompt that cannot fit, a chat template that is missing or refuses a row."""
+    def check(self, tokenizer, positions: int | None = None) -> None:
+        """Refuse now, not after hours, what only the tokenizer shows: a prompt that cannot fit, a chat template that is missing or refuses a row, and a row of more
+        tokens than the model has `positions`."""
         if not self.chat:
             self.encode_prompt(tokenizer, "")
-            return
+        else:
+            self._check_chat(tokenizer)
+        for example in (*self.train, *self.dev, *self.test) if positions else ():
+            # no tokenizer makes more tokens than bytes and a few, so most rows need not be read
+            if self.max_prompt_tokens + len(example.answer.encode()) + 16 <= positions:
+                continue
+            if (n := len(self.encode(tokenizer, example)["input_ids"])) > positions:
+                raise DataError(
+                    f"{self._where(example)} has {n} tokens with its answer and the model takes {positions}; "
+                    f"lower the task's max_prompt_tokens ({self.max_prompt_tokens}) or shorten the answer"
+                )
+
+    def _check_chat(self, tokenizer) -> None:
         chat.check_template(tokenizer)
         for rows in (self.train, self.dev, self.test):
             for example in rows:
