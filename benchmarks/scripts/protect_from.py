@@ -3,7 +3,7 @@
     FORGETLESS_DATA=... python benchmarks/scripts/protect_from.py          # benchmarks/results/protect_from.json
 
 200 prompts of LIMA (TRACE's copy) are protected; 100 other conversations of it are measured: exp(mean loss) of all their tokens, and the mean over tokens of
-KL(untouched || tuned). The tasks are Standard CL order 1, options in the prompt, seed 0, 100 test rows each, as in standard_cl.py.
+KL(untouched || tuned). The tasks are Standard CL order 1, options in the prompt, seed 0; the runs without protection are those of standard_cl.py final.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ import math
 import os
 from pathlib import Path
 
-from runs import RESULTS, ROOT, work_through
-from standard_cl import config
+import standard_cl
+from runs import RESULTS, ROOT, Queue, collect, work_through
 
-RUNS = ROOT / "runs" / "protect_from"
+RUNS = standard_cl.RUNS
+COMMAND = "python benchmarks/scripts/protect_from.py"
 PROMPTS, HELD, TOKENS = 200, 100, 256
-METHODS = {
-    "seqft": ({"name": "seqft"}, False),
-    "gorp": ({"name": "gorp"}, False),
-    "gorp-protected-0.8": ({"name": "gorp", "protect_energy": 0.8}, True),
-    "gorp-protected-0.9": ({"name": "gorp", "protect_energy": 0.9}, True),
-}
+ENERGIES = (0.8, 0.9)  # share of the prompts' input energy that is protected
 
 
 def lima() -> list[dict]:
@@ -34,15 +30,14 @@ def lima() -> list[dict]:
     return json.loads((gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode())
 
 
-def queue() -> dict[str, dict]:
+def queue() -> Queue:
+    final = standard_cl.final()
+    without = {name: final[name] for name in ("final-options-seqft-seed0", "final-options-gorp-seed0")}
     RUNS.mkdir(parents=True, exist_ok=True)
-    prompts = RUNS / "prompts.jsonl"
+    prompts = RUNS / "lima.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in lima()[:PROMPTS]))
-    return {
-        name: config(method, True, 0, limit=100, scorers=("choice", "exact_match"))
-        | ({"protect_from": str(prompts.relative_to(ROOT))} if protected else {})
-        for name, (method, protected) in METHODS.items()
-    }
+    protected = without["final-options-gorp-seed0"] | {"protect_from": str(prompts.relative_to(ROOT))}
+    return without | {f"protected-{energy}": protected | {"method": protected["method"] | {"protect_energy": energy}} for energy in ENERGIES}
 
 
 def general(entries: dict[str, dict]) -> dict:
@@ -74,9 +69,12 @@ def general(entries: dict[str, dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="substring of the runs to do")
+    parser.add_argument("--only", default="", help="substring of the runs to do; what is measured is measured when none is given")
     args = parser.parse_args()
-    work_through(queue(), RUNS, RESULTS / "protect_from.json", "python benchmarks/scripts/protect_from.py", args.workers, args.only, general)
+    todo, results = queue(), RESULTS / "protect_from.json"
+    work_through(todo, RUNS, results, COMMAND, args.workers, args.only)
+    if not args.only:
+        collect(todo, RUNS, results, COMMAND, general)
 
 
 if __name__ == "__main__":
