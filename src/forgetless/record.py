@@ -54,7 +54,7 @@ def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig
         mine = distributed.shared(range(len(rows)))
         predictions = score_rows(
             model, tokenizer, task, [rows[i] for i in mine], scorers, batch_size=e.batch_size, autocast=autocast,
-            advance=lambda k, before=before: progress.advance(before + k * distributed.world_size()),
+            advance=lambda k, before=before: progress.advance(before + k * distributed.world_size()), of=rows,
         )  # fmt: skip
         predictions = [p for _, p in sorted(distributed.gathered(list(zip(mine, predictions, strict=True))), key=lambda pair: pair[0])]
         values = {name: [p.score(name) for p in predictions] for name in scorers}

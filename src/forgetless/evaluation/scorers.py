@@ -59,9 +59,13 @@ def normalize(text: str) -> str:
 
 @torch.inference_mode()
 def score_rows(
-    model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None
-) -> list[Prediction]:
-    """Score `rows` of `task`, in their order. advance(done) is called after each batch."""
+    model: nn.Module, tokenizer, task: Task, rows: list[Example], scorers: list[str], *, batch_size: int = 16, autocast: bool = False, advance=None,
+    of: list[Example] | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """Score `rows` of `task`, in their order. advance(done) is called after each batch.
+
+    of: all the rows, where `rows` are one process' share of them: a generated answer may be as long as the longest of all.
+    """
     if not rows:  # one of several processes may have none
         return []
     own = task.own_metric if "metric" in scorers else None
@@ -69,7 +73,7 @@ def score_rows(
     generate = "exact_match" in wanted or (own is not None and metric.generates(own))
     prompts = [task.encode_prompt(tokenizer, e) for e in rows]
     answers = [task.encode_answer(tokenizer, e) for e in rows] if own == "nll" or not task.labels else []
-    possible = [task.encode_answer(tokenizer, label) for label in task.labels] if task.labels else answers
+    possible = [task.encode_answer(tokenizer, answer) for answer in task.labels or of or rows]
     longest = task.max_new_tokens - 1 if task.max_new_tokens else max(map(len, possible))
     labels = possible if task.labels and {"choice", "calibrated"} & wanted else None
     end = task.end_token(tokenizer, rows[0])
