@@ -61,7 +61,7 @@ def main() -> int:
         method = yaml.safe_load(args.method)
         base = {
             "model": model, "tasks": [write_task(folder / "data", name) for name in ("colour", "animal", "mood")], "method": method,
-            "train": {"learning_rate": 1e-3, "max_steps": args.steps, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True},
+            "train": {"learning_rate": 1e-3, "max_steps": args.steps, "per_device_train_batch_size": 4, "bf16": True, "use_cpu": True},
             "evaluate": {"limit": 12}, "checkpoint_every": 5,
         }  # fmt: skip
         whole, broken = (base | {"output_dir": str(folder / name)} for name in ("whole", "broken"))
