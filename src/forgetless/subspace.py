@@ -56,17 +56,19 @@ def project_out(A: Tensor, V: Tensor | None) -> Tensor:
     return A - (A @ V) @ V.mT
 
 
-def project_out_once(A: Tensor, V: Tensor | None) -> Tensor:
-    """project_out where little of A lies in span(V): a second pass only if the first took nine tenths of it or more.
+def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
+    """project_out in place, and with a second pass only if the first took nine tenths of A or more.
 
     One pass leaves about eps ||A||, which is eps to 10 eps of what is left. ("Twice is enough", and once is where the norm holds: Giraud et al. 2005.)
+    No temporary of A's size is written, which is what a step waits for where several processes share a machine's memory.
     """
     if V is None or V.shape[1] == 0:
         return A
-    P = A - (A @ V) @ V.mT
-    if A.device.type == "cpu" and bool(torch.linalg.vector_norm(P) > 0.1 * torch.linalg.vector_norm(A)):
-        return P  # elsewhere the question would cost more than the answer: a wait for the device
-    return P - (P @ V) @ V.mT
+    Y = A @ V
+    # elsewhere than on a CPU the question would cost more than the answer: a wait for the device
+    once = A.device.type == "cpu" and bool(torch.linalg.vector_norm(Y) ** 2 < 0.99 * torch.linalg.vector_norm(A) ** 2)
+    A.addmm_(Y, V.mT, alpha=-1)
+    return A if once else A.addmm_(A @ V, V.mT, alpha=-1)
 
 
 def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
@@ -280,15 +282,20 @@ class Constraint:
 
     def permitted(self, D: Tensor) -> Tensor:
         """The part of D (out, in) that may be applied."""
+        return self.restrict_(D.clone())
+
+    def restrict_(self, D: Tensor) -> Tensor:
+        """D (out, in) becomes its permitted part, in place."""
         if self.mask is not None:
-            return D * self.mask
+            return D.mul_(self.mask)
         U, V = self.outputs, self.inputs
         if self.forbid == "both":
             for _ in range(2):
-                D = D - U @ ((U.mT @ D @ V) @ V.mT)
+                D.sub_(U @ ((U.mT @ D @ V) @ V.mT))
             return D
-        D = project_out_once(D, V)
-        return project_out_once(D.mT, U).mT if U is not None and U.shape[1] else D
+        project_out_(D, V)
+        project_out_(D.mT, U)
+        return D
 
     def forbidden_norm(self, D: Tensor) -> float:
         """||the part of D that must not be there||, measured through the small products, so that it is not itself round-off."""

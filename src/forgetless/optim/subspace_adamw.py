@@ -152,10 +152,12 @@ class SubspaceAdamW(torch.optim.Optimizer):
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
         dtype, constraint = working_dtype(p.dtype), group["constraint"]
         if group["rank"] is None:
-            if constraint is not None:
-                permitted = constraint.permitted(G.to(dtype))
+            if constraint is not None and G.dtype == dtype:
+                constraint.restrict_(G)
+            elif constraint is not None:
+                permitted = constraint.restrict_(G.to(dtype))
                 G.copy_(permitted)
-                G = permitted if G.dtype != dtype else G  # what bf16 would round away is still here
+                G = permitted  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
         return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index)
 
@@ -213,7 +215,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             W = rounding.value(p, state)
             delta = delta - rate * (W - state["start"]) if "start" in state else delta - rate * W
         if constraint is not None:
-            delta = constraint.permitted(delta)
+            constraint.restrict_(delta)
         rounding.add(p, delta, state, group["precision"], seeds)
         if not self.track_leak or constraint is None:
             return 0.0
