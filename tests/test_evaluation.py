@@ -7,7 +7,7 @@ import torch
 from conftest import make_model_folder
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from forgetless.evaluation.drift import measure_coverage, record_inputs
 from forgetless.evaluation.matrix import AccuracyMatrix, paired_bootstrap, wilson
@@ -55,6 +55,35 @@ def test_the_tree_of_labels_scores_as_whole_sequences_do(shared, kind, tokenizer
         for whole, normalized, prompt in zip(tree.whole, tree.normalized, prompts, strict=True):
             torch.testing.assert_close(whole, likelihoods_plain(model, prompt, labels), atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(normalized, likelihoods_plain(model, prompt, [label[:-1] for label in labels]) / lengths, atol=2e-5, rtol=1e-5)
+
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+UNUSUAL = {  # what a token sees here is more than a mask over keys and values
+    "mistral": SMALL | {"sliding_window": 8}, "gemma3_text": SMALL | {"sliding_window": 12, "head_dim": 8},
+    "qwen3_next": SMALL | {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"]},
+    "mpt": dict(d_model=32, n_heads=4, n_layers=2), "bloom": dict(hidden_size=32, n_head=4, n_layer=2), "mamba": dict(hidden_size=32, num_hidden_layers=2),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_models_whose_cache_cannot_be_branched_are_scored_row_by_row(kind, tokenizer):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), tie_word_embeddings=False, eos_token_id=1, pad_token_id=1, bos_token_id=None, **UNUSUAL[kind]
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    task = make_task()
+    labels = [task.encode_answer(tokenizer, label) for label in task.labels]
+    for found in score_rows(model, tokenizer, task, task.test, ["choice", "calibrated", "exact_match"]):
+        prompt = task.encode_prompt(tokenizer, task.test[found.row])
+        with torch.no_grad():
+            assert found.choice == task.labels[int(likelihoods_plain(model, prompt, labels).argmax())]
+            ids = list(prompt)
+            for _ in range(max(map(len, labels)) + 1):
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        said = ids[len(prompt) :]
+        assert found.text == tokenizer.decode(said[: said.index(1)] if 1 in said else said, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -176,3 +205,15 @@ def test_recorded_inputs_show_how_far_a_layers_answer_moved(tiny, tokenizer):
         for m in names.values():
             m.weight.mul_(1.1)
     assert measure_coverage(model, recorded, {})["output_change"] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_forgetting_of_a_score_that_an_earlier_row_did_not_have_is_unknown():
+    assert AccuracyMatrix(["a", "b"], [[None, None], [0.5, 0.5]]).forgetting() is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "right"),
+    [("-5", "5", 0.0), ("1.5", "15", 0.0), ("+", "", 0.0), ("Yes!", "yes", 1.0), ("co-op", "coop", 1.0), ("3", "3.", 1.0)],
+)
+def test_exact_match_drops_punctuation_but_not_a_number_s(answer, said, right):
+    assert Prediction(0, "t", answer, text=said).score("exact_match") == right

@@ -896,3 +896,29 @@ def test_orthonormalize_and_rotate_are_what_the_optimizer_uses():
     import forgetless.optim.coordinates as module
 
     assert module.orthonormalize is orthonormalize and module.rotate_moments is rotate_moments
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_space_that_fills_the_whole_input_stops_the_weight_and_holds_no_state(rank):
+    """Adam would divide what a projection's rounding leaves by itself."""
+    torch.manual_seed(0)
+    W = torch.nn.Parameter(torch.randn(16, 32))
+    before = W.detach().clone()
+    opt = SubspaceAdamW(
+        [{"params": [W], "constraint": Constraint(inputs=torch.linalg.qr(torch.randn(32, 32))[0]), "rank": rank}], lr=0.1, max_grad_norm=1.0
+    )
+    opt.track_leak = True
+    for _ in range(3):
+        W.grad = torch.randn(16, 32)
+        opt.step()
+    assert torch.equal(W, before) and opt.update_leak is None and opt.state_bytes() == opt.planned_bytes()
+
+
+def test_a_basis_a_little_off_orthonormal_does_not_leak():
+    torch.manual_seed(0)
+    W = torch.nn.Parameter(torch.randn(16, 32))
+    opt = SubspaceAdamW([{"params": [W], "constraint": Constraint(inputs=torch.linalg.qr(torch.randn(32, 8))[0] * (1 + 4.4e-5))}], lr=0.1)
+    opt.track_leak = True
+    W.grad = torch.randn(16, 32)
+    opt.step()
+    assert opt.update_leak < 1e-6

@@ -151,3 +151,19 @@ def test_a_watch_set_is_all_of_its_data_unless_it_says_otherwise(tmp_path):
     trained = {e.text for e in stream[0].train}
     for split, n in (("test", sum(e.text in trained for e in some.test)), ("dev", len(trained))):  # only what is scored is warned about
         assert list(stream.warnings(split)) == [f"watch 'w': {n} of its texts also stand in the training rows of task 't'"]
+
+
+def test_a_label_is_trained_and_scored_as_the_same_tokens(tiny):
+    """Also where the whole prompt is the row's own and ends in white space."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [Example("cat sits\n", "good", 0)]
+    task = Task("t", "{sentence}", rows, rows, rows, labels=["good", "bad"])
+    answer = [t for t in task.encode(tokenizer, rows[0])["labels"] if t != -100]
+    assert answer == task.encode_answer(tokenizer, "good")
+
+
+@pytest.mark.parametrize(("labels", "message"), [(["<", ">"], "'<' and '>' are the same tokens"), (["good", " "], "' ' has no tokens")])
+def test_labels_the_tokenizer_cannot_tell_apart_are_refused(labels, message, tiny):
+    rows = [Example("cat", labels[0], 0)]
+    with pytest.raises(DataError, match=message):
+        Task("t", "Text : {sentence} Answer :", rows, rows, rows, labels=labels).check(AutoTokenizer.from_pretrained(tiny))

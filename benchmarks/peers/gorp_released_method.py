@@ -75,7 +75,7 @@ class Released(fl.Method):
         for group in groups:
             group["lr"] = settings["lr"] * (self.options.full_lr_ratio if group["kind"] == "full" else 1.0)
         kept = {key: settings[key] for key in ("betas", "weight_decay")}
-        self.running = ReleasedGORP([{k: v for k, v in g.items() if k != "names"} for g in groups], mode=self.options.mode, **kept)
+        self.running = ReleasedGORP([{k: v for k, v in g.items() if k != "names"} for g in groups], lr=settings["lr"], mode=self.options.mode, **kept)
         self.names = {p: name for g in groups for p, name in zip(g["params"], g["names"], strict=True)}
         for p, name in self.names.items():
             if name in self.spaces:

@@ -29,6 +29,11 @@ BOTH = {"name": "gorp", "use_lora": True}
 RELEASED = {"name": "benchmarks.peers.gorp_released_method:Released", "mode": "as_released"}
 
 
+def train(rate: float) -> dict:
+    """The recipe at another rate: linear to a tenth of it, whatever it is."""
+    return TRAIN | {"learning_rate": rate, "lr_scheduler_kwargs": TRAIN["lr_scheduler_kwargs"] | {"lr_end": rate / 10}}
+
+
 def grid(method: dict, rates: tuple, **options: tuple) -> list[tuple[dict, float]]:
     """[(method, learning rate)]: as many for every method."""
     found = [(method | dict(zip(options, values, strict=True)), rate) for rate, *values in itertools.product(rates, *options.values())]
@@ -71,7 +76,7 @@ def tuning() -> Queue:
     for name, trials in TRIALS.items():
         for i, (method, rate) in enumerate(trials):
             settings = config(method, True, 100, limit=100, scorers=("choice", "exact_match"))
-            queue[f"tune-{name}-{i}"] = settings | {"tasks": tasks, "train": TRAIN | {"learning_rate": rate}}
+            queue[f"tune-{name}-{i}"] = settings | {"tasks": tasks, "train": train(rate)}
     return queue
 
 
@@ -89,7 +94,7 @@ def best() -> dict[str, tuple[dict, float]]:
 
 def final(order: int) -> Queue:
     return {
-        f"order{order}-{tag}-{name}-seed{seed}": config(method, options, seed, tasks=ORDERS[order]) | {"train": TRAIN | {"learning_rate": rate}}
+        f"order{order}-{tag}-{name}-seed{seed}": config(method, options, seed, tasks=ORDERS[order]) | {"train": train(rate)}
         for seed in SEEDS
         for tag, options in PROMPTS.items()
         for name, (method, rate) in best().items()

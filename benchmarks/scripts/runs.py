@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 Queue = dict[str, dict]  # name -> config; output_dir is set here
+CODE = 2  # raised by hand when a fix changes numbers: results of an earlier code do not count as done. 2: every task under bf16 autocast
 
 
 def work_through(
@@ -36,6 +37,9 @@ def work(name: str, settings: dict, runs: Path, results: Path) -> int:
         return 0
     runs.mkdir(parents=True, exist_ok=True)
     path = runs / f"{name}.yaml"
+    if (runs / name).exists() and made_with(name, runs) != json.loads(json.dumps(settings)):
+        print(f"{name}: {runs / name} holds a run of other settings (those of {path.name}); move it away", flush=True)
+        return 2
     path.write_text(json.dumps(settings | {"output_dir": str(runs / name)}, indent=1))  # JSON is YAML
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     begun = time.time()
@@ -45,10 +49,16 @@ def work(name: str, settings: dict, runs: Path, results: Path) -> int:
     return status
 
 
+def made_with(name: str, runs: Path) -> dict | None:
+    """The settings that the folder of this name was made with; those of the queue may have changed since."""
+    path = runs / f"{name}.yaml"
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "output_dir"} if path.is_file() else None
+
+
 def read(name: str, settings: dict, runs: Path) -> dict | None:
     """A finished run as an entry of the result file; None where it is not finished."""
     folder = runs / name
-    if not (folder / "matrix.json").is_file():
+    if not (folder / "matrix.json").is_file() or made_with(name, runs) != json.loads(json.dumps(settings)):
         return None
     matrix = json.loads((folder / "matrix.json").read_text())
     scorers, tasks = settings["evaluate"]["scorers"], matrix["tasks"]
@@ -59,6 +69,7 @@ def read(name: str, settings: dict, runs: Path) -> dict | None:
     timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     return {
         "config": settings,
+        "code": CODE,
         "versions": (folder / "run.yaml").read_text().splitlines()[0].removeprefix("# "),
         **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures")},
         "protection": [t for t in timing if t["event"] == "task"],
@@ -71,7 +82,7 @@ def recorded(queue: Queue, runs: Path, results: Path) -> dict[str, dict]:
     """Entries of the runs of `queue` that are finished here, or were when the result file was written, with the same settings."""
     old = json.loads(results.read_text())["runs"] if results.is_file() else {}
     found = {name: read(name, settings, runs) or old.get(name) for name, settings in queue.items()}
-    return {name: entry for name, entry in found.items() if entry and entry["config"] == queue[name]}
+    return {name: entry for name, entry in found.items() if entry and entry["config"] == queue[name] and entry.get("code") == CODE}
 
 
 def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callable[[dict], dict] | None = None) -> None:
@@ -79,7 +90,8 @@ def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callab
     entries = recorded(queue, runs, results)
     environment = {"machine": platform.machine(), "cpu": cpu_name(), "threads": 1, "device": "CPU", "bf16_autocast": True}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "environment": environment, **(extra(entries) if extra else {}), "runs": entries}
+    old = json.loads(results.read_text()) if results.is_file() else {}  # what an extra of an earlier call has added stays
+    content = {**old, "command": command, "environment": environment, **(extra(entries) if extra else {}), "runs": entries}
     results.write_text(json.dumps(content, indent=1))
     print(f"{len(entries)} of {len(queue)} runs -> {results.name}", flush=True)
 

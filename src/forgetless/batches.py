@@ -74,13 +74,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @lru_cache
-def _takes(kind: type, argument: str) -> bool:
+def takes(kind: type, argument: str) -> bool:
+    """Does the forward of this class of models have such an argument?"""
     return argument in inspect.signature(kind.forward).parameters
 
 
 def known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
     """The arguments that this model's forward knows: not every architecture has position_ids or logits_to_keep."""
-    return {key: value for key, value in arguments.items() if _takes(type(unwrapped(model)), key)}
+    return {key: value for key, value in arguments.items() if takes(type(unwrapped(model)), key)}
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0) -> Any:

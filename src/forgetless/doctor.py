@@ -51,6 +51,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     model = method.begin_task(model, None, Memory())  # adapters attached, where the method has some
     groups = method.param_groups(model)
     trained = sum(p.numel() for g in groups for p in g["params"])
+    names = [name for g in groups for name in g.get("names") or ["?"] * len(g["params"])]  # a method of one's own may not name them
     tasks = []
     for task in stream:
         lengths = sorted(len(task.encode(tokenizer, e)["input_ids"]) for e in task.train[:200])
@@ -67,7 +68,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
         )
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
-        "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": [n for g in groups for n in g["names"]]},
+        "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
             "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes(),

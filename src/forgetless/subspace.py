@@ -226,7 +226,7 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
             raise ValueError(
                 f"Constraint({name}=...): columns are not orthonormal (max |V^T V - I| = {error:.1e}); pass them through forgetless.subspace.orthonormalize"
             )
-    return V.detach().contiguous()
+    return (orthonormalize(V.detach(), scale=0.0) if V.shape[1] and error > 1e-5 else V.detach()).contiguous()
 
 
 class Constraint:
@@ -261,6 +261,12 @@ class Constraint:
     @property
     def empty(self) -> bool:
         return self.mask is None and all(V is None or V.shape[1] == 0 for V in (self.inputs, self.outputs))
+
+    @property
+    def full(self) -> bool:
+        """Is nothing permitted? (What a projection leaves then is rounding, which Adam would divide by itself.)"""
+        full = [V is not None and V.shape[1] == V.shape[0] for V in (self.inputs, self.outputs)]
+        return all(full) if self.forbid == "both" else any(full)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Constraint:
         """The same constraint on another device and in another dtype; itself when nothing has to move."""

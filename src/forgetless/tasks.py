@@ -116,7 +116,7 @@ class Task:
             return ids if end else ids[: len(ids) - 1 - ids[::-1].index(conversation.end)]
         if isinstance(answer, Example):
             answer, prompt_end = answer.answer, answer.text[-1:]
-        free = self.prompt == "{sentence}"  # the user wrote the whole prompt: a space only where neither side has white space
+        free = self.prompt == "{sentence}" and not self.labels  # the user wrote the whole prompt: a space only where neither side has white space
         joined = answer if free and (answer[:1].isspace() or prompt_end.isspace()) else " " + answer
         ids = tokenizer(joined, add_special_tokens=False).input_ids
         return ids + [tokenizer.eos_token_id] if end else ids
@@ -143,6 +143,12 @@ class Task:
         tokens than the model has `positions`."""
         if not self.chat:
             self.encode_prompt(tokenizer, "")
+            seen: dict[tuple[int, ...], str] = {}
+            for label in self.labels or ():
+                tokens = tuple(self.encode_answer(tokenizer, label, end=False))
+                if not tokens or (other := seen.setdefault(tokens, label)) != label:
+                    which = f"the labels {other!r} and {label!r} are the same tokens" if tokens else f"the label {label!r} has no tokens"
+                    raise DataError(f"task '{self.name}': {which} to this model's tokenizer; give them other words with label_words")
         else:
             self._check_chat(tokenizer)
         for example in (*self.train, *self.dev, *self.test) if positions else ():

@@ -183,7 +183,7 @@ def make_trainer(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, outputs = answer_loss(model, inputs, num_items_in_batch)
-            if num_items_in_batch is not None:
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.args.world_size  # the items are counted over all processes, and their gradients averaged
             extra = method.extra_loss(model, inputs, outputs)
             if extra is not None:

@@ -37,9 +37,8 @@ class AccuracyMatrix:
 
     def _forgotten(self) -> list[float]:
         earlier = range(len(self.rows) - 1)
-        return [
-            max(self.rows[i][j] for i in earlier if i >= j and self.rows[i][j] is not None) - a for j, a in self._last() if j < len(self.rows) - 1
-        ]
+        known = [([self.rows[i][j] for i in earlier if i >= j and self.rows[i][j] is not None], a) for j, a in self._last()]
+        return [max(scores) - a for scores, a in known if scores]
 
     def forgetting(self) -> float | None:
         """F = mean over j < T-1 of max_{j <= i < T-1} a[i][j] - a[T-1][j]."""

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Collate, answer_loss, is_seq2seq, known, padded
+from ..batches import Collate, answer_loss, is_seq2seq, known, padded, takes
 from ..tasks import CONTENT_FREE, Example, Task
 from . import metric, seq2seq
+
+DROPPED = re.compile(rf"(?!(?<=\d)\.(?=\d)|(?<!\w)-(?=\d))[{re.escape(string.punctuation)}]")
 
 
 @dataclass
@@ -51,10 +54,13 @@ class Prediction:
 def normalize(text: str) -> str:
     """Lower case, no punctuation, single spaces: the benchmark's own rule for exact match.
 
-    >>> normalize(" Science or  Technology. ")
-    'science or technology'
+    A number keeps its sign and its point, and what is punctuation only stays as it is.
+
+    >>> normalize(" Science or  Technology. "), normalize("-1.5"), normalize("+")
+    ('science or technology', '-1.5', '+')
     """
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    text = " ".join(text.lower().split())
+    return " ".join(DROPPED.sub("", text).split()) or text
 
 
 @torch.inference_mode()
@@ -83,12 +89,18 @@ def score_rows(
     model.eval()
     try:
         with _autocast(model, autocast), _fp32_head(model):
+            tails = sum(len(label) - 1 for label in labels or [])
+            alone = not is_seq2seq(model) and max(map(len, prompts)) + tails + longest + 1 >= _room(model)
+            beginning = _beginning(model, prompts) if (labels or generate) and not alone else None
+
+            def read(prompts: list[list[int]], beginning: _Beginning | None = None) -> _State | _Alone | seq2seq.Read:
+                return _Alone(prompts) if alone else _prefill(model, prompts, beginning)
+
             if "calibrated" in scorers and labels:
-                empty = _likelihoods(model, _prefill(model, [task.encode_prompt(tokenizer, text) for text in CONTENT_FREE]), labels)
-            beginning = _beginning(model, prompts) if labels or generate else None
+                empty = _likelihoods(model, read([task.encode_prompt(tokenizer, text) for text in CONTENT_FREE]), labels)
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                state = _prefill(model, [prompts[i] for i in batch], beginning) if labels or generate else None
+                state = read([prompts[i] for i in batch], beginning) if labels or generate else None
                 tokens = _likelihoods(model, state, labels) if labels else None
                 choice = tokens.whole.argmax(1).tolist() if labels and "choice" in wanted else None
                 calibrated = (tokens.normalized - empty.normalized.mean(0)).argmax(1).tolist() if labels and "calibrated" in scorers else None
@@ -133,6 +145,51 @@ class _State:
 
 
 @dataclass
+class _Alone:
+    """Prompts of a model whose cache cannot be branched: each is read anew, by itself, for every label and every generated token."""
+
+    prompts: list[list[int]]
+
+    def likelihoods(self, model: nn.Module, labels: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(log-probability of each whole label (B, K), of its end token alone (B, K))."""
+        whole, end = [], []
+        for prompt in self.prompts:
+            for label in labels:
+                said = self._read(model, prompt + label)[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(label)), label]
+                whole.append(said.sum())
+                end.append(said[-1])
+        shape = (len(self.prompts), len(labels))
+        return torch.stack(whole).reshape(shape), torch.stack(end).reshape(shape)
+
+    def greedy(self, model: nn.Module, longest: int, end: int) -> list[list[int]]:
+        out = []
+        for prompt in self.prompts:
+            ids = list(prompt)
+            while len(ids) <= len(prompt) + longest and (token := int(self._read(model, ids)[-1].argmax())) != end:
+                ids.append(token)
+            out.append(ids[len(prompt) :])
+        return out
+
+    @staticmethod
+    def _read(model: nn.Module, ids: list[int]) -> Tensor:
+        return model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False).logits[0].float()
+
+
+def _room(model: nn.Module) -> float:
+    """The length from which a mask and positions no longer say all of what a token sees: a sliding window; 0 for alibi, a recurrent or convolutional state."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not takes(type(model), "position_ids") or getattr(model.config, "alibi", False) or model.config.model_type == "gpt_neo":
+        return 0
+    one = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    cache = getattr(model(input_ids=one, use_cache=True), "past_key_values", None)
+    kinds = {type(layer) for layer in cache.layers} if type(cache) is DynamicCache else {None}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return 0
+    return min((layer.sliding_window for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer), default=math.inf)
+
+
+@dataclass
 class _Beginning:
     """The tokens all prompts begin with, such as an instruction, read once: their keys and values."""
 
@@ -146,16 +203,12 @@ class _Beginning:
 
 
 def _beginning(model: nn.Module, prompts: list[list[int]], least: int = 8) -> _Beginning | None:
-    """None where it is not worth it, or where the model's cache is more than plain keys and values (a sliding window, a recurrent state)."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
+    """None where it is not worth it. Only for a model whose cache can be branched (`_room`)."""
     n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # something is left of each
     if len(prompts) == 1 or n < least or is_seq2seq(model):
         return None
     ids = torch.tensor([prompts[0][:n]], device=next(model.parameters()).device)
-    cache = model(**known(model, input_ids=ids, logits_to_keep=1), use_cache=True).past_key_values
-    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return _Beginning(cache, n) if plain else None
+    return _Beginning(model(**known(model, input_ids=ids, logits_to_keep=1), use_cache=True).past_key_values, n)
 
 
 def _prefill(model: nn.Module, prompts: list[list[int]], beginning: _Beginning | None = None) -> _State | seq2seq.Read:
@@ -177,10 +230,10 @@ class _Likelihoods:
     normalized: Tensor
 
 
-def _likelihoods(model: nn.Module, state: _State | seq2seq.Read, labels: list[list[int]]) -> _Likelihoods:
+def _likelihoods(model: nn.Module, state: _State | _Alone | seq2seq.Read, labels: list[list[int]]) -> _Likelihoods:
     """Log-probabilities of K labels, each a list of tokens that ends in the end token, after each prompt."""
-    if isinstance(state, seq2seq.Read):
-        whole, end = seq2seq.likelihoods(model, state, labels)
+    if isinstance(state, (seq2seq.Read, _Alone)):
+        whole, end = seq2seq.likelihoods(model, state, labels) if isinstance(state, seq2seq.Read) else state.likelihoods(model, labels)
         return _Likelihoods(whole, (whole - end) / torch.tensor([len(label) - 1 for label in labels], device=whole.device))
     tails = [label[:-1] for label in labels]  # token t predicts token t + 1; the end token predicts nothing we need
     flat = [token for tail in tails for token in tail]
@@ -215,11 +268,13 @@ def _mean_likelihoods(model: nn.Module, prompts: list[list[int]], answers: list[
     return out
 
 
-def _greedy(model: nn.Module, tokenizer, state: _State | seq2seq.Read, longest: int, end: int | None = None) -> list[str]:
+def _greedy(model: nn.Module, tokenizer, state: _State | _Alone | seq2seq.Read, longest: int, end: int | None = None) -> list[str]:
     """Greedy continuations up to the token `end` (eos), or one token more than the longest answer needs (then it matches none)."""
     end = tokenizer.eos_token_id if end is None else end
     if isinstance(state, seq2seq.Read):
         return seq2seq.greedy(model, tokenizer, state, longest, end)
+    if isinstance(state, _Alone):
+        return [tokenizer.decode(t, skip_special_tokens=True) for t in state.greedy(model, longest, end)]
     B = state.mask.shape[0]
     token, mask, position = state.last.argmax(1), state.mask, state.next_position
     done = torch.zeros(B, dtype=torch.bool, device=token.device)

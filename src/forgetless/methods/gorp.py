@@ -209,7 +209,7 @@ class GORP(Method):
             else:
                 if key not in self.statistics:
                     self.statistics[key] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
-                M = self.statistics[key]
+                M = self.statistics[key] = self.statistics[key].to(G.device)  # a resumed one comes from a file
                 M.lerp_(G.to(M.dtype) * factor, 0.1)  # Adam's first moment, beta1 = 0.9
 
     @torch.no_grad()

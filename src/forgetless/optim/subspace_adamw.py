@@ -151,6 +151,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
         dtype, constraint = working_dtype(p.dtype), group["constraint"]
+        if constraint is not None and constraint.full:
+            return None
         if group["rank"] is None:
             if constraint is not None and G.dtype == dtype:
                 constraint.restrict_(G)
@@ -256,6 +258,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
         total = _storage_bytes(self._constraint_tensors())
         for group, p in self._each():
             size = working_dtype(p.dtype).itemsize
+            if group["constraint"] is not None and group["constraint"].full:  # never stepped
+                total += p.numel() * size if self._keeps_start(group) else 0
+                continue
             if group["rank"] is None:
                 total += 2 * p.numel() * size + 4  # moments, step
             else:

@@ -86,6 +86,7 @@ def read_run(path: Path, name: str) -> dict[str, Any]:
         "seed": config.get("seed", "not stated"),
         "tasks": tasks,
         "done": done,
+        "data": [line.get("data_sha256") for line in sorted(lineage, key=lambda line: str(line.get("task")))],
         "finished": done >= len(tasks),
         "n": {task: matrix["n"][task] for task in tasks if task in matrix["n"]},
         "metrics": {scorer: dict(matrix["metrics"].get(scorer) or {}) for scorer in scorers},
@@ -179,7 +180,7 @@ def read_timing(path: Path, tasks: list[str]) -> dict[str, Any]:
 def summary_view(runs: list[dict[str, Any]], scorers: dict[str, str] = SCORERS) -> dict[str, Any]:
     """One row a run; the best value of a column is marked only among finished runs that were tested on the same rows."""
     finished = [run for run in runs if run["finished"]]
-    same = len({json.dumps([sorted(run["tasks"]), run["n"]], sort_keys=True) for run in finished}) == 1
+    same = len({json.dumps([sorted(run["tasks"]), run["n"], run["seed"], run["data"]], sort_keys=True) for run in finished}) == 1
     cells: list[list[dict[str, Any]]] = [[] for _ in runs]
     for scorer in scorers:
         for metric, best in SUMMARY.items():

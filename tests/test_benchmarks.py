@@ -1,0 +1,40 @@
+"""The benchmark queue: what counts as done, and that every method is trained by the same schedule."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "scripts"))
+
+import forgetless as fl
+import gorp_ablation
+import runs
+
+
+def test_a_run_of_other_settings_or_of_an_earlier_code_does_not_count_as_done(small_run, tmp_path, monkeypatch):
+    folder, results = tmp_path / "runs", tmp_path / "results.json"
+    settings = small_run("seqft", tasks=("colour",), evaluate={"limit": 8, "scorers": ["choice"]})
+    settings.pop("output_dir")
+    folder.mkdir()
+    (folder / "one.yaml").write_text(json.dumps(settings | {"output_dir": str(folder / "one")}))
+    fl.run(settings | {"output_dir": str(folder / "one")})
+    assert runs.recorded({"one": settings}, folder, results).keys() == {"one"}
+    other = settings | {"seed": 1}
+    assert not runs.recorded({"one": other}, folder, results) and runs.work("one", other, folder, results) == 2
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    runs.collect({"one": settings}, folder, results, "python x.py", lambda entries: {"general": 1})
+    runs.collect({"one": settings}, folder, results, "python x.py")
+    assert json.loads(results.read_text())["general"] == 1  # what was measured once stays
+    assert runs.recorded({"one": settings}, tmp_path / "nothing", results)
+    monkeypatch.setattr(runs, "CODE", runs.CODE + 1)
+    assert not runs.recorded({"one": settings}, tmp_path / "nothing", results)
+
+
+@pytest.mark.parametrize("rate", [2e-5, 1e-4, 4e-3])
+def test_every_trial_ends_at_a_tenth_of_its_own_rate(rate):
+    train = gorp_ablation.train(rate)
+    assert train["learning_rate"] == rate and train["lr_scheduler_kwargs"]["lr_end"] == pytest.approx(rate / 10)
