@@ -125,7 +125,7 @@ def test_a_watch_set_of_a_suite_and_of_conversations(chatty, tmp_path):
     talk = [{"messages": [{"role": "user", "content": f"cat {w}"}, {"role": "assistant", "content": w}]} for w in ("red", "blue", "green")]
     (tmp_path / "talk.json").write_text(json.dumps(talk))
     watch = [
-        {"name": "polarity", "suite": "demo/polarity", "max_text_tokens": 8},
+        {"name": "polarity", "suite": "demo/polarity", "max_text_tokens": 8, "label_words": {"negative": "bad", "positive": "good"}},
         {"name": "talk", "data": str(tmp_path / "talk.json"), "format": "messages", "metric": "nll"},
     ]
     config["tasks"][1] = {"name": "chats", "data": str(tmp_path / "talk.json"), "test": str(tmp_path / "talk.json"), "format": "messages"}
