@@ -245,7 +245,9 @@ def load_memory(folder: str | Path) -> Memory:
     folder = Path(folder)
     if not (folder / "method.safetensors").is_file():
         raise DataError(f"{folder}: no method.safetensors; give the state folder of a committed task, such as runs/first/tasks/00-cities/state")
-    return Memory(load_file(folder / "method.safetensors"), json.loads((folder / "method.json").read_text()))
+    # clone: safetensors leaves a tensor at any address of its file, and by a matrix's address modulo 64 a product may round otherwise than in the process that made it
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "method.safetensors").items()}
+    return Memory(tensors, json.loads((folder / "method.json").read_text()))
 
 
 def model_sha256(model: nn.Module) -> str:
