@@ -38,7 +38,7 @@ def main(model_folder: str, tasks: str, out: str, methods: str, batch: str) -> N
     if distributed.is_main():
         torch.save(results, out)
     distributed.barrier()
-    distributed.shut_down()
+    distributed.leave_at_exit()
 
 
 if __name__ == "__main__":

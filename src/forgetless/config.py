@@ -22,12 +22,22 @@ OWN_TRAIN_KEYS = {
     "label_smoothing_factor": "take it out, the loss is the answer tokens' cross-entropy", "optim_target_modules": "use the method's module options",
     "fp16": "use bf16 (fp16 scales gradients, which methods read)",
     "save_steps": "use checkpoint_every at the top level", "save_total_limit": "take it out, the last complete checkpoint is kept",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"), "take it out, the model is trained as it is"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "take it out, several processes train by data parallelism"),
+    **dict.fromkeys(("accelerator_config", "average_tokens_across_devices"), "take it out, a step is the mean over the answer tokens of all processes"),
+    **dict.fromkeys(("eval_on_start", "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval",
+                     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_eval", "do_predict"), "use the section evaluate"),
+    **dict.fromkeys(("enable_jit_checkpoint", "save_on_each_node"), "use checkpoint_every at the top level"),
+    **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "take it out, running again goes on exactly"),
+    **dict.fromkeys(("log_level", "log_level_replica"), "take it out, --progress says what is shown"),
+    "auto_find_batch_size": "set per_device_train_batch_size (a second attempt would go on from what the first has changed)",
+    "optim_args": "use the section method", "debug": "take it out, its hooks would stay on the model", "label_names": "take it out, the labels are the answer's tokens",
     "save_only_model": "take it out, a checkpoint holds all it takes to go on", "resume_from_checkpoint": "take it out, running again resumes",
 }  # fmt: skip
 # the numbers of `train` that transformers reads without a look, and their least values; the others it checks itself
 LEAST = {
     "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "num_train_epochs": 0.0,
-    "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0,
 }  # fmt: skip
 # what a row of each format has
 COLUMNS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
@@ -239,6 +249,12 @@ class RunConfig(_Model):
             value = train[key]
             if isinstance(value, bool) or not isinstance(value, int if isinstance(LEAST[key], int) else (int, float)) or not value >= LEAST[key]:
                 raise ValueError(f"train.{key} must be {kind}, at least {LEAST[key]:g}; got {value!r}")
+        for key in {"adam_beta1", "adam_beta2"} & train.keys():
+            if train[key] >= 1:
+                raise ValueError(f"train.{key} must be below 1; got {train[key]!r}")
+        for key in {"max_steps", "num_train_epochs"} & train.keys():
+            if train[key] == 0:
+                raise ValueError(f"train.{key}: 0 steps would commit a task that nobody trained")
         return train
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ happens on the main process, and its errors reach all.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -93,6 +94,12 @@ def lost_contact(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, ConnectionError)) and any(w in text for w in words)
 
 
-def shut_down() -> None:
-    if dist.is_available() and dist.is_initialized():
+def leave_at_exit() -> None:
+    """End the process group when this process ends. Left to the interpreter, gloo's threads abort one exit in twenty, and the launcher then ends the whole job."""
+    if world_size() > 1:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ Read this file first. Running it again resumes after the last committed task; ta
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import set_seed
 
 from . import distributed, models
 from .checkpoint import Checkpoints
@@ -74,7 +76,9 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     with opened(config, stream) as (folder, done):
         if len(done) < len(stream):
             learn(folder, config, stream, method, done, progress)
-        return Result(folder.path, distributed.on_main(lambda: write_matrix(folder, config, stream)), len(done), watched(folder, stream))
+        matrices = distributed.on_main(lambda: write_matrix(folder, config, stream))
+        distributed.leave_at_exit()
+        return Result(folder.path, matrices, len(done), watched(folder, stream))
 
 
 def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
@@ -83,7 +87,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
         progress.tasks(index, len(stream))
-        torch.manual_seed(seed)
+        set_seed(seed)  # torch, numpy and Python: a method may draw from any
         begun = time.perf_counter()
 
         # prepare (or go on from a checkpoint), train, consolidate
@@ -99,6 +103,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.state_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
+        gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
         model = method.end_task(model, task, memory)
         trained_at = time.perf_counter()
 

@@ -59,6 +59,9 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = tor
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id, so any token will do
+    for p in model.parameters():  # safetensors leaves a tensor at any address of its file, and by the address modulo 64 a product may round otherwise
+        if p.data_ptr() % 64:
+            p.data = p.data.clone()
     return model.eval(), tokenizer
 
 

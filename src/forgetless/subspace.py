@@ -227,7 +227,7 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
                 f"Constraint({name}=...): columns are not orthonormal (max |V^T V - I| = {error:.1e}); pass them through forgetless.subspace.orthonormalize"
             )
     V = orthonormalize(V.detach(), scale=0.0) if V.shape[1] and error > 1e-5 else V.detach()
-    # one direction counts as contiguous with any stride, and the last bit of a product depends on it: a reload from disk would change it
+    # one direction counts as contiguous with any stride, and the last bit of a product may depend on it: a reload from disk would change it
     return V if V.stride() == (V.shape[1], 1) else V.clone(memory_format=torch.contiguous_format)
 
 
@@ -302,10 +302,7 @@ class Constraint:
                 D.sub_(U @ ((U.mT @ D @ V) @ V.mT))
             return D
         project_out_(D, V)
-        if (
-            U is not None and U.shape[1]
-        ):  # not in place on the transposed view: a resumed run then differed in the last bit (row 3, gorp-lora-outputs)
-            D.copy_(project_out_(D.mT.contiguous(), U).mT)
+        project_out_(D.mT, U)
         return D
 
     def forbidden_norm(self, D: Tensor) -> float:

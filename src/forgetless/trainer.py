@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import tempfile
 import time
 from typing import Any
@@ -52,13 +53,30 @@ def training_arguments(train: dict[str, Any], seed: int, output_dir: str, save_s
         remove_unused_columns=False,
         use_cpu=values.pop("use_cpu", not torch.cuda.is_available()),
     )
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
+            raise ConfigError(f"accelerate's configuration sets {name}={os.environ[name]}, which forgetless does not train under; launch without it")
     try:
         args = TrainingArguments(**values, **own)
+        # accelerate launch may say bf16 or fp16 in the environment, where neither run.yaml nor the scorer would know of it
+        args.mixed_precision = "bf16" if args.bf16 else "no"
+        _try_schedule(args)
         if args.n_gpu > 1:
             raise ConfigError(f"{args.n_gpu} GPUs are visible and only one process runs: set CUDA_VISIBLE_DEVICES=0")
         return args
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, ImportError) as error:
         raise ConfigError(f"train: TrainingArguments refused it: {' '.join(str(error).split())[:300]}") from None
+
+
+def _try_schedule(args) -> None:
+    """Make the schedule once for nothing, so that what it lacks shows before training. Raises ConfigError for options that `constant` would not read."""
+    from transformers import get_scheduler
+
+    for key in ("warmup_steps", "lr_scheduler_kwargs"):
+        if args.lr_scheduler_type == "constant" and getattr(args, key):
+            raise ConfigError(f"train.{key}: lr_scheduler_type 'constant' does not read it; take it out or choose another, e.g. constant_with_warmup")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
 
 
 def bf16_pays(use_cpu: bool = False) -> bool:
@@ -105,12 +123,14 @@ def train_task(
         optimizer = prepare(model, method, args, seed, precision)
         start = {p: p.detach().clone() for g in optimizer.param_groups if (c := g.get("constraint")) is not None and not c.empty for p in g["params"]}
         data = Encoded(task, tokenizer, rows)
-        attention = model.config._attn_implementation
+        if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):
+            raise ConfigError(f"task '{task.name}': {len(data)} rows make no whole batch of {batch}, and train.dataloader_drop_last drops the rest")
+        attention, use_cache = model.config._attn_implementation, getattr(model.config, "use_cache", None)
         if args.use_cpu and max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50))) <= 512:
             # torch 2.13's fused attention is slow backwards on a CPU: a quarter of a step at 8 x 130 tokens. Beyond some length its memory would win
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
-        trainer = make_trainer(model, tokenizer, task, method, data, args, optimizer, log, progress, checkpoints)
+        trainer = make_trainer(model, task, method, data, args, optimizer, log, progress, checkpoints)
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(len(data), args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
@@ -120,6 +140,9 @@ def train_task(
                 trainer.train(resume_from_checkpoint=str(checkpoints.path) if checkpoints and checkpoints.path else None)
         finally:
             model.set_attn_implementation(attention)
+            if use_cache is not None:
+                model.config.use_cache = use_cache  # the Trainer sets it to False, and the commit would say so
+            model.disable_input_require_grads()  # gradient checkpointing leaves a hook a task on the embedding
             # Accelerate leaves its autocast wrapper round model.forward, which would pile up task by task, and a mark that it is there, by which the next task
             # would be trained without one
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -153,16 +176,20 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
 
 
 def make_trainer(
-    model: nn.Module, tokenizer, task: Task, method: Method, data: Encoded, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
+    model: nn.Module, task: Task, method: Method, data: Encoded, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
     progress: Progress, checkpoints: Checkpoints | None,
 ):  # fmt: skip
     """A Trainer that asks the method, logs every step into `log`, and stops at a loss that is no number."""
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     begun = time.perf_counter() - (checkpoints.seconds if checkpoints else 0.0)
 
     class Hooks(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            state.save_steps = args.save_steps  # a checkpoint brings the one it was made with
+
         def on_pre_optimizer_step(self, args, state, control, **_):
             method.on_step(model)
             self.rate = optimizer.param_groups[0]["lr"]  # at a step's end the schedule has moved on
@@ -178,8 +205,16 @@ def make_trainer(
             trained = state.global_step >= state.max_steps
             checkpoints.finish(state.global_step, trained, method.state_dict(), log, time.perf_counter() - begun)
 
+    class ByLength(LengthGroupedSampler):
+        def set_epoch(self, epoch):  # not from torch's global generator, which a resumed task finds elsewhere
+            self.generator = torch.Generator().manual_seed(args.seed + epoch)
+
     class TaskTrainer(Trainer):
         micro_losses: list[float] = []
+
+        def _get_train_sampler(self, *given):
+            sampler = super()._get_train_sampler(*given)
+            return ByLength(sampler.batch_size, lengths=sampler.lengths) if isinstance(sampler, LengthGroupedSampler) else sampler
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, outputs = answer_loss(model, inputs, num_items_in_batch)
@@ -208,8 +243,8 @@ def make_trainer(
         data_collator=Collate(model),
         optimizers=(optimizer, None),
         callbacks=[Hooks()],
-        processing_class=tokenizer,
     )
+    # no processing_class: the Trainer would write the tokenizer's pad token into the model's config, and a model reloaded with it trains another embedding
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = True  # so that num_items_in_batch makes the loss right under accumulation
     return trainer
@@ -220,5 +255,6 @@ def advice(rate: float) -> str:
 
 
 def _steps(rows: int, args) -> int:
-    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(batches / args.gradient_accumulation_steps) * math.ceil(args.num_train_epochs)
+    batch = args.per_device_train_batch_size * args.world_size
+    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
