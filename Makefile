@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo    learn four small tasks by plain fine-tuning and by gorp, side by side, and compare them: about ten minutes on two cores"
+	@echo "make demo    learn four small tasks by plain fine-tuning and by gorp, side by side, and compare them: about eight minutes on two cores"
 	@echo "make test    ruff, then the tests"
 	@echo "make lint    ruff alone"
 	@echo "make clean   remove .venv and the caches; runs/ stays"
