@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("--order", type=int, choices=ORDERS, default=1)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="substring of the runs to do")
+    parser.add_argument("--only", default="", help="the run to do, or a substring of those to do")
     args = parser.parse_args()
     if args.what == "table":
         for path in sorted(RESULTS.glob("gorp_ablation_*.json")):

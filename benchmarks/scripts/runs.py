@@ -24,8 +24,8 @@ CODE = 2  # raised by hand when a fix changes numbers: results of an earlier cod
 def work_through(
     queue: Queue, runs: Path, results: Path, command: str, workers: int = 2, only: str = "", extra: Callable[[dict], dict] | None = None
 ) -> None:
-    """Do what is missing of `queue` (of the names that hold `only`), writing `results` after each. extra(entries): what to add to the file."""
-    todo = {k: v for k, v in queue.items() if only in k}
+    """Do what is missing of `queue` (the entry `only`, or those whose names hold it), writing `results` after each. extra(entries): what to add to the file."""
+    todo = {only: queue[only]} if only in queue else {k: v for k, v in queue.items() if only in k}
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(lambda item: work(*item, runs, results), todo.items()):
             collect(queue, runs, results, command, extra)
@@ -92,7 +92,9 @@ def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callab
     RESULTS.mkdir(parents=True, exist_ok=True)
     old = json.loads(results.read_text()) if results.is_file() else {}  # what an extra of an earlier call has added stays
     content = {**old, "command": command, "environment": environment, **(extra(entries) if extra else {}), "runs": entries}
-    results.write_text(json.dumps(content, indent=1))
+    beside = results.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1))
+    beside.replace(results)  # another process of the queue never reads half of it
     print(f"{len(entries)} of {len(queue)} runs -> {results.name}", flush=True)
 
 

@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="substring of the runs to do")
+    parser.add_argument("--only", default="", help="the run to do, or a substring of those to do")
     args = parser.parse_args()
     if args.what == "table":
         for path in sorted(RESULTS.glob("standard_cl_order1_*.json")):

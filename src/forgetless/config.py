@@ -243,7 +243,7 @@ class RunConfig(_Model):
     def _not_ours(cls, train: dict[str, Any]) -> dict[str, Any]:
         for key in train:
             if key in OWN_TRAIN_KEYS:
-                raise ValueError(f"train.{key} is set by forgetless; {OWN_TRAIN_KEYS[key]}")
+                raise ValueError(f"train.{key} cannot be set; {OWN_TRAIN_KEYS[key]}")
         for key in LEAST.keys() & train.keys():
             kind = "a whole number" if isinstance(LEAST[key], int) else "a number"
             value = train[key]
