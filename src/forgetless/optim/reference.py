@@ -83,3 +83,35 @@ class ReferenceAdamW:
             self.M = self.v = None
             self.t = 0
         self.P, self.Q = P, Q
+
+
+class ReferenceFactors:
+    """OSFT's factor form ("Sculpting Subspaces", arXiv 2504.07097), as the released implementations have it: W = U_h S_h V_h + U S V, and U, S, V learn.
+
+    W: (out, in); frozen: k, how many of its singular directions, largest first, are closed. U (out, R - k), S (R - k,), V (R - k, in) with R = min(out, in) are
+    leaf tensors for any torch optimizer. Projecting their gradients alone keeps plain gradient descent off the closed directions to first order; what Adam makes
+    of them it does not. To first order the update is the permitted gradient times S^2, not the projected gradient; this class is here to be compared with.
+    """
+
+    def __init__(self, W: Tensor, frozen: int):
+        U, S, V = torch.linalg.svd(W, full_matrices=False)
+        self.U_high, self.V_high = U[:, :frozen], V[:frozen]
+        self.high = self.U_high @ (S[:frozen, None] * self.V_high)
+        self.U, self.S, self.V = (t.clone().requires_grad_(True) for t in (U[:, frozen:], S[frozen:], V[frozen:]))
+
+    def weight(self) -> Tensor:
+        """W (out, in) as it stands."""
+        return self.high + self.U @ (self.S[:, None] * self.V)
+
+    def project_gradients(self) -> None:
+        """Before an optimizer's step: no gradient toward the closed directions."""
+        self._project(self.U.grad, self.V.grad)
+
+    @torch.no_grad()
+    def project_parameters(self) -> None:
+        """After it: what the optimizer put there all the same is taken out of the factors."""
+        self._project(self.U, self.V)
+
+    def _project(self, U: Tensor, V: Tensor) -> None:
+        U -= self.U_high @ (self.U_high.mT @ U)
+        V -= (V @ self.V_high.mT) @ self.V_high
