@@ -140,6 +140,9 @@ def report(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A config to check: model, modules, bytes, tasks.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run.")] = None,
+    truncation: Annotated[
+        bool, typer.Option("--truncation", help="Instead: the loss on dev rows without the weakest singular directions. Takes minutes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Versions and hardware; with a config also what the method would train, the bytes it would hold, and every task's rows.
@@ -148,8 +151,20 @@ def doctor(
     """
     from .config import load_config
 
+    if truncation and config is None:
+        raise ConfigError("doctor --truncation needs a config, for its model and its dev rows: forgetless doctor --truncation first.yaml")
     settings = load_config(config, overrides or []) if config is not None else None
     quiet_libraries()
+    if truncation:
+        from contextlib import closing
+
+        from .progress import RichProgress
+        from .truncation import measure, show_truncation
+
+        with closing(RichProgress()) as shown:
+            found = measure(settings, shown)
+        print(json.dumps(found, indent=1)) if as_json else show_truncation(found)
+        return
     from .doctor import examine, show
 
     found = examine(settings)
