@@ -30,8 +30,9 @@ def export_lora(
     """Write the adapter folder `out`: adapter_config.json, adapter_model.safetensors, and export.json, which is returned.
 
     trained: a run's folder (its current model), or a model as in a config. base: the model it was trained from; None: what the run's own config says. Each layer
-    gets the smallest rank that keeps the share `energy` of ||dW||^2 (0.99 by default), or `rank`. Returned: {"trained", "base", "energy" or "rank", "error" (of all
-    layers together), "parameters", "layers": {name: {"rank", "error", "norm" of dW}}}. One layer is decomposed at a time, nothing is written before all are done.
+    gets the smallest rank that keeps the share `energy` of ||dW||^2 (0.99 by default), or `rank`. One layer is decomposed at a time, nothing is written before
+    all are done. Returned: {"trained", "base", "energy" or "rank", "error" of all layers together, "parameters", "layer_parameters" that the layers' own weights
+    have, "layers": {name: {"rank", "error", "norm" of dW}}}.
 
     Raises ConfigError for bad arguments, DataError where the models do not fit each other, do not differ, or differ in what an adapter cannot carry.
     """
@@ -55,13 +56,9 @@ def export_lora(
         progress.advance(done)
     total, missed = (math.sqrt(sum(f(layer) ** 2 for layer in report.values())) for f in (lambda x: x["norm"], lambda x: x["error"] * x["norm"]))
     found = {
-        "trained": trained,
-        "base": base,
-        **chosen,
-        "error": missed / total,
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "layers": report,
-    }
+        "trained": trained, "base": base, **chosen, "error": missed / total, "parameters": sum(t.numel() for t in tensors.values()),
+        "layer_parameters": sum(before.weight.numel() for before, _ in layers.values()), "layers": report,
+    }  # fmt: skip
     _write(out, _adapter_config(old, base, report), tensors, found)
     return found
 
@@ -117,9 +114,10 @@ def _changed_layers(old: nn.Module, new: nn.Module, base: str, trained: str) -> 
         if f"{name}.weight" in changed and models.is_linear(module) and id(module.weight) not in tied
     }
     if rest := sorted(changed - {f"{name}.weight" for name in layers}):
+        names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
         raise DataError(
-            f"{len(rest)} of the {len(changed)} tensors that training changed are no weights of linear layers, and a LoRA adapter cannot carry them: "
-            f"{', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''}. Use the whole model '{trained}', or train with a method that leaves them (gorp, lora, inclora)"
+            f"{len(rest)} of the {len(changed)} tensors that training changed are no weights of linear layers, and a LoRA adapter cannot carry them: {names}. "
+            f"Use the whole model '{trained}', or train with a method that leaves them (gorp, lora, inclora)"
         )
     return layers
 
@@ -179,6 +177,7 @@ def show(found: dict[str, Any], out: Path) -> None:
     ranks = sorted(layer["rank"] for layer in layers.values())
     worst = max(layers, key=lambda name: layers[name]["error"])
     print(f"{found['trained']} less {found['base']}: {len(layers)} linear layers changed")
-    print(f"ranks   {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; {found['parameters']:,} parameters")
+    share = found["parameters"] / found["layer_parameters"]
+    print(f"ranks   {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; {found['parameters']:,} parameters, {share:.1%} of the layers' own")
     print(f"error   {found['error']:.2e} of ||dW|| in all; most in {worst}: {layers[worst]['error']:.2e}")
     print(f'adapter {out}: peft.PeftModel.from_pretrained(base, "{out}"); the error of every layer is in export.json')
