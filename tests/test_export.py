@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import make_model_folder
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import forgetless as fl
 from forgetless import models
 from forgetless.batches import Collate, forward
 from forgetless.errors import ConfigError, DataError
-from forgetless.export import export_lora
+from forgetless.export import _adapter_config, export_lora
 from forgetless.models import linear_modules, logical
 
 KINDS = ["llama", "gpt2", "t5"]
@@ -111,19 +114,29 @@ def test_only_the_layers_that_changed_get_an_adapter(base, tmp_path):
     assert sorted(config["target_modules"]) == sorted(chosen) and config["r"] == 2 == config["lora_alpha"]
 
 
-def test_ranks_stay_apart_where_one_layers_name_ends_anothers(tiny, tmp_path):
-    """Layers 1 and 11, and names of which the dots are dots: each has its own rank and alpha."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def test_each_of_many_layers_gets_its_own_rank(tiny, tmp_path):
+    """More layers than PEFT lists one by one, layer 1 and layer 11 among them."""
     _, tokenizer = models.load(tiny)
-    config = AutoConfig.from_pretrained(tiny, num_hidden_layers=12)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, num_hidden_layers=12)).save_pretrained(tmp_path / "deep")
     tokenizer.save_pretrained(tmp_path / "deep")
     base, trained = str(tmp_path / "deep"), change(str(tmp_path / "deep"), tmp_path / "trained", rank=5)
     export_lora(trained, base, tmp_path / "adapter", energy=1 - 1e-9)
     merged, new = with_adapter(base, tmp_path / "adapter")[0].merge_and_unload(), models.load(trained)[0]
     for name, layer in linear_modules(new).items():
         torch.testing.assert_close(merged.get_submodule(name).weight, layer.weight, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["proj", "part.proj"])
+def test_ranks_stay_apart_where_one_layers_name_ends_anothers(first):
+    """PEFT's patterns match the ends of names: that of `proj` must not catch `part.proj`."""
+    model = nn.Module()
+    model.part, model.proj, model.config = nn.Module(), nn.Linear(8, 8), SimpleNamespace(is_encoder_decoder=False)
+    model.part.proj = nn.Linear(8, 8)
+    ranks = {first: {"rank": 2}, ({"proj", "part.proj"} - {first}).pop(): {"rank": 5}}
+    inject_adapter_in_model(_adapter_config(model, "base", ranks), model)
+    for name, layer in ranks.items():
+        adapted = model.get_submodule(name)
+        assert adapted.lora_A["default"].weight.shape[0] == layer["rank"] and adapted.scaling["default"] == 1.0
 
 
 def test_a_head_of_its_own_is_a_linear_layer_too(tiny, tmp_path):
@@ -255,8 +268,6 @@ def test_an_empty_folder_is_filled_and_a_failed_write_leaves_none(tiny, tmp_path
 
 
 def test_another_shape_is_another_model(tiny, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     _, tokenizer = models.load(tiny)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, intermediate_size=64)).save_pretrained(tmp_path / "wider")
     tokenizer.save_pretrained(tmp_path / "wider")

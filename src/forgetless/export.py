@@ -144,7 +144,8 @@ def _adapter_config(model: nn.Module, base: str, layers: dict[str, dict[str, flo
 
     ranks = {name: layer["rank"] for name, layer in layers.items()}
     most = max(ranks.values())
-    pattern = {re.escape(name): r for name, r in ranks.items() if r != most}  # PEFT reads the keys as regular expressions
+    # PEFT reads the keys as regular expressions for the ends of names: ^ makes them whole names
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != most}
     return LoraConfig(
         r=most, lora_alpha=most, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=sorted(ranks), lora_dropout=0.0, bias="none",
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", inference_mode=True, base_model_name_or_path=base,
