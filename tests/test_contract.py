@@ -34,13 +34,15 @@ VARIANTS = {
     "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
     "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4},
     "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False}, "gorp-paper": {"preset": "paper"},
+    "osft": {}, "osft-paper": {"block": "paper"}, "osft-schedule": {"frozen_ratio": "schedule", "tasks": 4},
+    "osft-map": {"frozen_ratio": {r".*(q|o)_proj": 3, r".*mlp.*": 0.25, ".*": 0}, "target_modules": r".*_proj"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
 constrained = pytest.mark.parametrize(
     ("name", "options"),
-    [e for e in EVERY if e[0] == "gorp" and e[1].get("use_shared_space", True)],
-    ids=[v for v in VARIANTS if v.startswith("gorp") and "no_space" not in v],
+    [e for e in EVERY if e[0] in ("gorp", "osft") and e[1].get("use_shared_space", True)],
+    ids=[v for v in VARIANTS if v.startswith(("gorp", "osft")) and "no_space" not in v],
 )
 
 
@@ -86,7 +88,7 @@ def loaded(tiny):
 def test_row_1_no_leak_on_a_model_after_50_steps_with_decay_and_clipping(name, options, dtype, loaded):
     model, tokenizer = loaded
     model.to(dtype)
-    method, memory = get(name, energy=0.5, **options), Memory()
+    method, memory = get(name, **({"energy": 0.5} if name == "gorp" else {}), **options), Memory()
     learn(model, tokenizer, method, memory, 10, seed=0)
     assert all(t.shape[1] > 0 for k, t in memory.tensors.items() if k.endswith(".basis"))  # a leak of zero against an empty space says nothing
     _, update, weights = learn(model, tokenizer, method, memory, 50, seed=1, weight_decay=0.1, max_grad_norm=1.0)

@@ -210,6 +210,27 @@ def coverage(X: Tensor, V: Tensor) -> float:
     return float(((X @ V).double() ** 2).sum()) / energy if energy > 0 else 0.0
 
 
+def spectrum(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular directions of W (m, n), largest first: U (m, R), S (R,), V (n, R) with R = min(m, n) and W = U diag(S) V^T.
+
+    By eigh of the smaller Gram matrix, which is what makes it fast; U (or V) are the columns of W V (U^T W) brought to length 1 one after another by QR, so both
+    are orthonormal whatever the rank of W. The Gram matrix squares the condition number: where the smallest value is under 1e-3 of the largest it is built in fp64.
+    """
+    if W.shape[0] < W.shape[1]:
+        V, S, U = spectrum(W.mT)
+        return U, S, V
+    A = W
+    energy, V = torch.linalg.eigh(A.mT @ A)
+    if A.dtype != torch.float64 and not energy[0] > 1e-6 * energy[-1]:
+        A = W.double()
+        energy, V = torch.linalg.eigh(A.mT @ A)
+    V = V.flip(1)
+    U, R = torch.linalg.qr(A @ V)
+    S = R.diagonal()
+    sign = torch.where(S < 0, -1.0, 1.0).to(S.dtype)
+    return (U * sign).to(W.dtype), S.abs().to(W.dtype), V.to(W.dtype)
+
+
 def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
     if space is None:
         return None
