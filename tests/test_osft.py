@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forgetless as fl
+from forgetless import models
 from forgetless.errors import ConfigError
+from forgetless.lineage import load_memory
 from forgetless.methods import get
 from forgetless.methods.base import Memory
+from forgetless.models import linear_modules
 from forgetless.optim import SubspaceAdamW
 from forgetless.optim.reference import ReferenceFactors
 
@@ -176,9 +180,52 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
         ({"frozen_ratio": 12}, "nothing would be left to train"),
         ({"frozen_ratio": {"l0": 0.5}}, "no pattern that matches l1"),
         ({"target_modules": ["l9"]}, "matches no linear layer"),
+        ({"protect": "inputs", "frozen_ratio": 0.5}, "mean nothing"),
+        ({"protect_energy": 0.5}, "mean nothing"),
+        ({"protect": "both", "block": "paper"}, "block: paper leaves"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_what_cannot_be_is_refused_before_anything_begins(options, says):
     with pytest.raises(ConfigError, match=says):
         get("osft", **options).check(matrices(*SHAPES))
+
+
+# -- protection that knows the data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protect", ["inputs", "both"])
+def test_the_second_task_leaves_the_inputs_of_the_first_alone(protect, small_run):
+    path = fl.run(small_run({"name": "osft", "protect": protect}, tasks=("colour", "animal"))).path / "tasks"
+    spaces = {k.removesuffix(".basis"): V.double() for k, V in load_memory(path / "00-colour" / "state").tensors.items() if k.endswith(".basis")}
+    first, second = (linear_modules(models.load(str(path / n / "model"))[0]) for n in ("00-colour", "01-animal"))
+    assert spaces.keys() == first.keys()
+    for name, S in spaces.items():
+        W = first[name].weight.detach().double()
+        dW = second[name].weight.detach().double() - W
+        rounding = 2.0**-24 * 6**0.5 * W.norm()
+        assert 0 < S.shape[1] <= W.shape[1] // 2 and dW.norm() > 0  # max_share
+        assert (dW @ S).norm() <= 1e-4 * dW.norm() + rounding
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        k = min(W.shape) // 2
+        if protect == "both":
+            assert max((dW @ Vh[:k].mT).norm(), (U[:, :k].mT @ dW).norm()) <= 1e-4 * dW.norm() + rounding
+        else:  # the spectrum is free
+            assert (dW @ Vh[:k].mT).norm() > 0.1 * dW.norm()
+
+
+def test_spaces_of_inputs_grow_from_task_to_task_within_their_bound(small_run, caplog):
+    method = {"name": "osft", "protect": "inputs", "protect_energy": 0.99, "max_share": 0.2}
+    path = fl.run(small_run(method, tasks=("colour", "animal"))).path / "tasks"
+    one, two = ({k: V for k, V in load_memory(path / n / "state").tensors.items() if k.endswith(".basis")} for n in ("00-colour", "01-animal"))
+    assert all(V.shape[1] <= 0.2 * V.shape[0] for V in two.values()) and "given up" in caplog.text
+    assert sum(V.shape[1] for V in two.values()) >= sum(V.shape[1] for V in one.values()) > 0
+
+
+def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"text": "cat dog bird"}\n{"text": "happy sad"}\n')
+    config = small_run({"name": "osft", "protect": "inputs"}, tasks=("colour",), protect_from=str(tmp_path / "prompts.jsonl"))
+    timing = (fl.run(config).path / "timing.jsonl").read_text().splitlines()
+    assert json.loads(timing[-1])["update_leak"] < 1e-5  # measured: something was closed in the first task
+    with pytest.raises(ConfigError, match="protect: inputs"):
+        fl.run(config | {"method": {"name": "osft"}, "output_dir": str(tmp_path / "other")})
