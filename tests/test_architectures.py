@@ -23,6 +23,7 @@ KINDS = ["qwen3", "gpt2", "t5"]
 METHODS = {
     "seqft": {"name": "seqft"}, "lora": {"name": "lora"}, "inclora": {"name": "inclora"}, "gorp": {"name": "gorp"},
     "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4}, "gorp-both": {"name": "gorp", "rank": 4, "side": "both"}, "gorp-paper": {"name": "gorp", "preset": "paper"},
+    "osft": {"name": "osft"},
 }  # fmt: skip
 
 
@@ -62,6 +63,15 @@ def test_a_run_leaks_nothing_is_saved_as_measured_and_resumes(name, folder, smal
             assert (D @ V.double()).norm() <= 1e-5 * D.norm() + 2.0**-24 * (6 * V.shape[1] / V.shape[0]) ** 0.5 * new[module].weight.norm()
         timing = [json.loads(line) for line in (result.path / "timing.jsonl").read_text().splitlines()]
         assert timing[-1]["update_leak"] < 1e-5 and timing[-1]["coverage"]["colour"]["inputs"] > 0
+    if name == "osft":  # row 1 again: the second task's change against the leading singular directions of the first commit's weights
+        first = load(result.path / "tasks" / "00-colour" / "model")
+        old, new = linear_modules(first), linear_modules(after)
+        for module in old:
+            W, X = (logical(layers[module].weight, layers[module]).detach().double() for layers in (old, new))
+            U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+            k = min(W.shape) // 2
+            D, rounding = X - W, 2.0**-24 * 6**0.5 * X.norm()
+            assert (D @ Vh[:k].mT).norm() <= 1e-4 * D.norm() + rounding and (U[:, :k].mT @ D).norm() <= 1e-4 * D.norm() + rounding and D.norm() > 0
     assert fl.run(config).resumed_at == 2
 
 

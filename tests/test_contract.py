@@ -23,6 +23,7 @@ from forgetless.lineage import RunFolder, load_memory, model_sha256
 from forgetless.methods import REGISTRY, get
 from forgetless.methods.base import Memory
 from forgetless.optim import SubspaceAdamW
+from forgetless.tasks import Example, Task
 
 VARIANTS = {
     "seqft": {}, "seqft-linear": {"modules": "linear"}, "lora": {}, "inclora": {},
@@ -34,13 +35,15 @@ VARIANTS = {
     "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
     "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4},
     "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False}, "gorp-paper": {"preset": "paper"},
+    "osft": {}, "osft-paper": {"block": "paper"}, "osft-schedule": {"frozen_ratio": "schedule", "tasks": 4},
+    "osft-inputs": {"protect": "inputs"}, "osft-both": {"protect": "both"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
 constrained = pytest.mark.parametrize(
     ("name", "options"),
-    [e for e in EVERY if e[0] == "gorp" and e[1].get("use_shared_space", True)],
-    ids=[v for v in VARIANTS if v.startswith("gorp") and "no_space" not in v],
+    [e for e in EVERY if e[0] in ("gorp", "osft") and e[1].get("use_shared_space", True)],
+    ids=[v for v in VARIANTS if v.startswith(("gorp", "osft")) and "no_space" not in v],
 )
 
 
@@ -57,7 +60,8 @@ def batches(tokenizer, steps, seed):
 
 def learn(model, tokenizer, method, memory, steps, seed, rate=1e-3, **optimizer):
     """One task without the Trainer: what a user's own loop would do."""
-    method.begin_task(model, None, memory)
+    method.tokenizer, task = tokenizer, some_task()
+    method.begin_task(model, task, memory)
     opt = SubspaceAdamW(method.param_groups(model), lr=rate, **optimizer)
     opt.track_leak = True
     start = {p: p.detach().clone() for g in opt.param_groups for p in g["params"]}
@@ -69,8 +73,13 @@ def learn(model, tokenizer, method, memory, steps, seed, rate=1e-3, **optimizer)
         opt.step()
         worst = max(worst, opt.update_leak or 0.0)  # None while nothing is protected
     leak = weight_leak(opt, start, steps)
-    method.end_task(model, None, memory)
+    method.end_task(model, task, memory)
     return opt, worst, leak
+
+
+def some_task() -> Task:
+    rows = [Example("cat red", "red", 0), Example("dog runs happy", "blue", 1)]
+    return Task("t", "{sentence}", rows, rows, rows)
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ def loaded(tiny):
 def test_row_1_no_leak_on_a_model_after_50_steps_with_decay_and_clipping(name, options, dtype, loaded):
     model, tokenizer = loaded
     model.to(dtype)
-    method, memory = get(name, energy=0.5, **options), Memory()
+    method, memory = get(name, **({"energy": 0.5} if name == "gorp" else {}), **options), Memory()
     learn(model, tokenizer, method, memory, 10, seed=0)
     assert all(t.shape[1] > 0 for k, t in memory.tensors.items() if k.endswith(".basis"))  # a leak of zero against an empty space says nothing
     _, update, weights = learn(model, tokenizer, method, memory, 50, seed=1, weight_decay=0.1, max_grad_norm=1.0)
@@ -382,8 +391,9 @@ def test_method_state_survives_a_file_loaded_with_weights_only(name, options, lo
         one.on_step(model)
         two.on_step(model)
     a, b = Memory(), Memory()
-    two.end_task(copy.deepcopy(model), None, b)
-    one.end_task(model, None, a)
+    one.tokenizer = two.tokenizer = tokenizer
+    two.end_task(copy.deepcopy(model), some_task(), b)
+    one.end_task(model, some_task(), a)
     assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
 
 
@@ -464,14 +474,12 @@ def test_run_yaml_holds_every_default_and_a_changed_default_is_a_changed_run(sma
 
 def test_recording_inputs_leaves_no_dropout_and_no_mode_behind(loaded):
     from forgetless.evaluation.drift import record_inputs
-    from forgetless.tasks import Example, Task
 
     model, tokenizer = loaded
     seen = []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(module.training))
     model.train()
-    rows = [Example("cat red", "red", 0)]
-    record_inputs(model, tokenizer, Task("t", "{sentence}", rows, rows, rows), seed=0)
+    record_inputs(model, tokenizer, some_task(), seed=0)
     assert seen == [False] and model.training
 
 

@@ -44,6 +44,7 @@ METHODS = {
     "gorp-branches": {"name": "gorp", "use_lora": True, "lora_dropout": 0.0, "energy": 0.5, "max_rank": 4},
     "lora": {"name": "lora", "lora_dropout": 0.0},
     "inclora": {"name": "inclora", "lora_dropout": 0.0},
+    "osft": {"name": "osft"},
 }
 
 

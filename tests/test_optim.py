@@ -169,6 +169,94 @@ def test_the_galore_golden_is_what_galore_torch_gives():
         torch.testing.assert_close(W, golden[step], atol=1e-5, rtol=0)
 
 
+# -- given directions (OSFT's coordinates) ------------------------------------------------------------------------------------------------
+
+DIRECTIONS = {  # which sides are read in coordinates, and which the constraint protects
+    "both": ("PQ", ("outputs", "inputs")),
+    "inputs": ("Q", ("outputs", "inputs")),
+    "outputs": ("P", ("outputs", "inputs")),
+    "inputs, no more": ("Q", ("inputs",)),
+    "outputs, inputs whole": ("P", ("inputs",)),
+    "free": ("PQ", ()),
+}
+
+
+def given(case, dtype):
+    """(constraint, directions): the protected bases, and on the sides named all that is left of them."""
+    sides, protects = DIRECTIONS[case]
+    protected = {"outputs": basis(M, 5, seed=3, dtype=dtype), "inputs": basis(N, 4, seed=4, dtype=dtype)}
+    rest = [
+        torch.linalg.qr(V, mode="complete").Q[:, V.shape[1] :] if name in sides else None for name, V in zip("PQ", protected.values(), strict=True)
+    ]
+    return Constraint(**{side: protected[side] for side in protects}) if protects else None, tuple(rest)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", DIRECTIONS)
+def test_given_directions_equal_the_reference_for_100_steps(case, dtype, transposed):
+    c, directions = given(case, dtype)
+    W = weight(dtype)
+    stored = torch.nn.Parameter(W.detach().mT.contiguous()) if transposed else W
+    opt = SubspaceAdamW(
+        [{"params": [stored], "constraint": c, "directions": directions, "transposed": transposed, "scale": 0.5}],
+        lr=3e-3,
+        weight_decay=0.05,
+        max_grad_norm=None,
+    )
+    c64, directions64 = given(case, torch.float64)
+    slow = ReferenceAdamW(weight(torch.float64).detach().clone(), 3e-3, weight_decay=0.05, constraint=c64, directions=directions64, scale=0.5)
+    opt.track_leak = True
+    planned = opt.planned_bytes()
+    for t in range(100):
+        G = gradient(slow.W, t)
+        stored.grad = (G.mT.contiguous() if transposed else G).to(dtype)
+        opt.step()
+        slow.step(G)
+        assert c is None or opt.update_leak < (1e-13 if dtype == torch.float64 else 1e-5)
+    learned = stored.detach().mT if transposed else stored.detach()
+    torch.testing.assert_close(learned.double(), slow.W, atol=1e-9 if dtype == torch.float64 else 5e-5, rtol=0)
+    assert c is None or leak(learned - weight(dtype).detach(), c) < (1e-12 if dtype == torch.float64 else 1e-4)
+    assert opt.state_bytes() == planned
+
+
+def test_given_directions_without_decay_leak_nothing_and_come_from_the_program_after_a_reload():
+    c, directions = given("inputs", torch.float32)
+    W, X = weight(torch.float32), weight(torch.float32)
+    a, b = (SubspaceAdamW([{"params": [p], "constraint": c, "directions": directions}], lr=3e-3, max_grad_norm=1.0) for p in (W, X))
+    a.track_leak = True
+    for t in range(20):
+        if t == 10:
+            X.data.copy_(W.data)
+            b.load_state_dict(a.state_dict())
+            assert "directions" not in a.state_dict()["param_groups"][0]
+        G = gradient(W.detach(), t)
+        W.grad, X.grad = G.clone(), G.clone()
+        a.step()
+        assert a.update_leak < 1e-6
+        if t >= 10:
+            b.step()
+    assert torch.equal(W, X)
+    assert leak(W.detach() - weight(torch.float32).detach(), c) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        (dict(directions=(None, None)), "one may be None"),
+        (dict(rank=2, directions=(None, basis(N, 3))), "place of a rank"),
+        (dict(directions=(basis(N, 3), None)), "directions of the outputs"),
+        (dict(directions=(None, 2 * basis(N, 3))), "not orthonormal"),
+        (dict(directions=(None, basis(N, 3)), constraint=Constraint(inputs=basis(N, 2))), "not orthogonal"),
+        (dict(directions=(None, basis(N, 3)), constraint=Constraint(inputs=basis(N, 2), outputs=basis(M, 2), forbid="both")), "dense form"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_given_directions_that_cannot_be_honoured_are_refused(group, says):
+    with pytest.raises(ValueError, match=says):
+        SubspaceAdamW([{"params": [weight(torch.float32)], **group}])
+
+
 # -- the authors' arithmetic (tests/golden/gorp) ---------------------------------------------------------------------------------------
 
 

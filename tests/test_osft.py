@@ -9,6 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forgetless as fl
+from forgetless import models
+from forgetless.errors import ConfigError
+from forgetless.lineage import load_memory
+from forgetless.methods import get
+from forgetless.methods.base import Memory
+from forgetless.models import linear_modules
+from forgetless.optim import SubspaceAdamW
 from forgetless.optim.reference import ReferenceFactors
 
 GOLDEN = Path(__file__).parent / "golden" / "osft"
@@ -69,3 +77,155 @@ def test_without_reprojection_adam_puts_a_quarter_of_the_update_where_it_must_no
         inside -= (inside @ closed.V_high.mT) @ closed.V_high
         share = float((dW - inside).norm() / dW.norm())
         assert 0.2 < share < 0.35 if leaks else share < 1e-11
+
+
+# -- the method --------------------------------------------------------------------------------------------------------------------------
+
+
+def matrices(*shapes):
+    """A module whose linear layers have these (out, in) shapes, in fp64."""
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({f"l{i}": torch.nn.Linear(n, m, bias=False, dtype=torch.float64) for i, (m, n) in enumerate(shapes)})
+
+
+SHAPES = ((12, 12), (20, 12), (12, 20))
+
+
+def stepped(block, *, shapes=SHAPES, **options):
+    """{name: (W before, dW, U_h, V_h)} after a few steps of the method's optimizer."""
+    model = matrices(*shapes)
+    method = get("osft", block=block, **options)
+    before = {name: layer.weight.detach().clone() for name, layer in model.items()}
+    opt = SubspaceAdamW(method.param_groups(method.begin_task(model, None, Memory())), lr=1e-2)
+    for seed in range(5):
+        for i, layer in enumerate(model.values()):
+            layer.weight.grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed * 10 + i), dtype=torch.float64)
+        opt.step()
+    found = {}
+    for name, layer in model.items():
+        U, _, Vh = torch.linalg.svd(before[name], full_matrices=False)
+        k = method.frozen(name, min(before[name].shape), 0)
+        found[name] = before[name], layer.weight.detach() - before[name], U[:, :k], Vh[:k].mT
+    return found
+
+
+def test_low_low_closes_each_side_and_nothing_more():
+    for W, dW, U, V in stepped("low_low").values():
+        assert max((U.mT @ dW).norm(), (dW @ V).norm()) < 1e-12 * dW.norm()
+        free = (W.shape[0] - U.shape[1]) * (W.shape[1] - V.shape[1])  # every permitted direction learns, those of the longer side too
+        assert torch.linalg.matrix_rank(dW) == min(W.shape[0] - U.shape[1], W.shape[1] - V.shape[1])
+        steps = torch.stack(
+            [
+                (torch.eye(W.shape[0]).double() - U @ U.mT) @ torch.randn(W.shape, dtype=torch.float64) @ (torch.eye(W.shape[1]).double() - V @ V.mT)
+                for _ in range(free + 2)
+            ]
+        )
+        assert torch.linalg.matrix_rank(steps.flatten(1)) == free
+
+
+def test_paper_closes_only_the_block_of_both():
+    for _, dW, U, V in stepped("paper").values():
+        assert (U.mT @ dW @ V).norm() < 1e-12 * dW.norm()
+        assert min((U.mT @ dW).norm(), (dW @ V).norm()) > 0.1 * dW.norm()
+
+
+def test_a_longer_side_stays_whole():
+    """Thin factors would reach only the span of U: of a tall matrix, the 8 other output directions must learn too."""
+    ((W, dW, U, V),) = stepped("low_low", shapes=((20, 12),)).values()
+    outside = torch.linalg.qr(torch.linalg.svd(W, full_matrices=True).U[:, 12:]).Q
+    assert (outside.mT @ dW).norm() > 0.3 * dW.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "k"),
+    [
+        ({}, [6, 6, 6]),
+        ({"frozen_ratio": 0.3}, [3, 3, 3]),
+        ({"frozen_ratio": 0}, [0, 0, 0]),
+        ({"frozen_ratio": 5}, [5, 5, 5]),
+        ({"frozen_ratio": {"l0": 2, "l[01]": 0.75, ".*": 0.0}}, [2, 9, 0]),
+    ],
+    ids=str,
+)
+def test_frozen_ratio(options, k):
+    method = get("osft", **options)
+    assert [method.frozen(f"l{i}", 12, 0) for i in range(3)] == k
+    assert [V.shape[1] for _, _, _, V in stepped("low_low", **options).values()] == k
+
+
+def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
+    method, memory = get("osft", frozen_ratio="schedule", tasks=4), Memory()
+    model, ranks = matrices((12, 12)), []
+    for _ in range(6):
+        method.begin_task(model, None, memory)
+        ranks.append(method.parts["l0"][0].inputs.shape[1])
+        method.end_task(model, None, memory)
+    assert ranks == [0, 3, 6, 9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"frozen_ratio": 1.0}, "1.0 is no share"),
+        ({"frozen_ratio": -0.1}, "-0.1 is no share"),
+        ({"frozen_ratio": -1}, "-1 directions"),
+        ({"frozen_ratio": True}, "frozen_ratio"),
+        ({"frozen_ratio": "adaptve"}, "frozen_ratio"),
+        ({"frozen_ratio": {"(": 0.5}}, "no regular expression"),
+        ({"frozen_ratio": {".*": 1.5}}, "1.5 is no share"),
+        ({"frozen_ratio": "schedule"}, "tasks: N"),
+        ({"tasks": 3}, "tasks: N"),
+        ({"block": "low_high"}, "low_low"),
+        ({"frozen_ration": 0.5}, "frozen_ratio"),
+        ({"frozen_ratio": 12}, "nothing would be left to train"),
+        ({"frozen_ratio": {"l0": 0.5}}, "no pattern that matches l1"),
+        ({"target_modules": ["l9"]}, "matches no linear layer"),
+        ({"protect": "inputs", "frozen_ratio": 0.5}, "mean nothing"),
+        ({"protect_energy": 0.5}, "mean nothing"),
+        ({"protect": "both", "block": "paper"}, "block: paper leaves"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cannot_be_is_refused_before_anything_begins(options, says):
+    with pytest.raises(ConfigError, match=says):
+        get("osft", **options).check(matrices(*SHAPES))
+
+
+# -- protection that knows the data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protect", ["inputs", "both"])
+def test_the_second_task_leaves_the_inputs_of_the_first_alone(protect, small_run):
+    path = fl.run(small_run({"name": "osft", "protect": protect}, tasks=("colour", "animal"))).path / "tasks"
+    spaces = {k.removesuffix(".basis"): V.double() for k, V in load_memory(path / "00-colour" / "state").tensors.items() if k.endswith(".basis")}
+    first, second = (linear_modules(models.load(str(path / n / "model"))[0]) for n in ("00-colour", "01-animal"))
+    assert spaces.keys() == first.keys()
+    for name, S in spaces.items():
+        W = first[name].weight.detach().double()
+        dW = second[name].weight.detach().double() - W
+        rounding = 2.0**-24 * 6**0.5 * W.norm()
+        assert 0 < S.shape[1] <= W.shape[1] // 2 and dW.norm() > 0  # max_share
+        assert (dW @ S).norm() <= 1e-4 * dW.norm() + rounding
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        k = min(W.shape) // 2
+        if protect == "both":
+            assert max((dW @ Vh[:k].mT).norm(), (U[:, :k].mT @ dW).norm()) <= 1e-4 * dW.norm() + rounding
+        else:  # the spectrum is free
+            assert (dW @ Vh[:k].mT).norm() > 0.1 * dW.norm()
+
+
+def test_spaces_of_inputs_grow_from_task_to_task_within_their_bound(small_run, caplog):
+    method = {"name": "osft", "protect": "inputs", "protect_energy": 0.99, "max_share": 0.2}
+    path = fl.run(small_run(method, tasks=("colour", "animal"))).path / "tasks"
+    one, two = ({k: V for k, V in load_memory(path / n / "state").tensors.items() if k.endswith(".basis")} for n in ("00-colour", "01-animal"))
+    assert all(V.shape[1] <= 0.2 * V.shape[0] for V in two.values()) and "given up" in caplog.text
+    assert sum(V.shape[1] for V in two.values()) >= sum(V.shape[1] for V in one.values()) > 0
+
+
+def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"text": "cat dog bird"}\n{"text": "happy sad"}\n')
+    config = small_run({"name": "osft", "protect": "inputs"}, tasks=("colour",), protect_from=str(tmp_path / "prompts.jsonl"))
+    timing = (fl.run(config).path / "timing.jsonl").read_text().splitlines()
+    assert json.loads(timing[-1])["update_leak"] < 1e-5  # measured: something was closed in the first task
+    with pytest.raises(ConfigError, match="protect: inputs"):
+        fl.run(config | {"method": {"name": "osft"}, "output_dir": str(tmp_path / "other")})

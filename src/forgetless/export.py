@@ -117,7 +117,7 @@ def _changed_layers(old: nn.Module, new: nn.Module, base: str, trained: str) -> 
         names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
         raise DataError(
             f"{len(rest)} of the {len(changed)} tensors that training changed are no weights of linear layers, and a LoRA adapter cannot carry them: {names}. "
-            f"Use the whole model '{trained}', or train with a method that leaves them (gorp, lora, inclora)"
+            f"Use the whole model '{trained}', or train with a method that leaves them (gorp, osft, lora, inclora)"
         )
     return layers
 

@@ -172,6 +172,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
+    method.tokenizer, method.progress = tokenizer, progress
     for task in (*stream, *stream.watch):
         task.check(tokenizer, models.positions(model))
     if not done:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .rows import raw_rows, text_of
 from .sketch import Sketch
 from .subspace import Subspace, extend, working_dtype
 
+log = logging.getLogger(__name__)
 COLUMNS = ("messages", "prompt", "text", "sentence")
 MAX_TOKENS = 512  # a prompt's last ones
 
@@ -62,9 +64,15 @@ def input_spaces(
     *,
     size: int = 256,
     max_rank: int | None = None,
+    max_share: float | None = None,
+    known: dict[str, Subspace] | None = None,
     advance=None,
 ) -> dict[str, Subspace]:
-    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`}. advance(done) is called after each prompt."""
+    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`}. advance(done) is called after each prompt.
+
+    known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
+    weakest are given up, of the known ones too.
+    """
     sketches: dict[str, Sketch] = {}
     same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
     last: list[Any] = [None, ""]
@@ -99,9 +107,13 @@ def input_spaces(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    spaces = {}
+    spaces, evicted = {}, 0
     for name, sketch in sketches.items():
         sketch.compress()
-        space = Subspace.empty(sketch.n, sketch.rows.dtype, sketch.rows.device)
-        spaces[name] = extend(space, sketch.rows, energy, max_rank=max_rank, total=float(sketch.total))[0].to("cpu")
+        space = (known or {}).get(name) or Subspace.empty(sketch.n)
+        bound = max_rank if max_share is None else int(max_share * sketch.n)
+        space, lost = extend(space.to(sketch.rows), sketch.rows, energy, max_rank=bound, total=float(sketch.total))
+        spaces[name], evicted = space.to("cpu"), evicted + lost
+    if evicted:
+        log.warning("input spaces are bounded (max_rank or max_share): %d directions of least energy were given up and are not protected", evicted)
     return spaces | {name: Subspace(spaces[other].basis.clone(), spaces[other].energy.clone()) for name, other in same.items()}

@@ -224,7 +224,7 @@ def spectrum(W: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     Q, T = torch.linalg.qr((W if tall else W.mT).to(E.dtype) @ E)
     S, order = T.diagonal().abs().sort(descending=True, stable=True)
     Q = Q * torch.where(T.diagonal() < 0, -1, 1)
-    U, V = ((Q, E) if tall else (E, Q)) if k else (W.new_zeros(W.shape[0], 0), W.new_zeros(W.shape[1], 0))
+    U, V = (Q, E) if tall else (E, Q)
     return U[:, order].to(W.dtype).contiguous(), S.to(W.dtype), V[:, order].to(W.dtype).contiguous()
 
 
@@ -252,7 +252,7 @@ def _small_side(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
         D = A.to(dtype)
         energy, E = torch.linalg.eigh(D.mT @ D)
         energy, E = energy.flip(0).clamp_min(0), E.flip(1)
-        if k == 0 or energy[k - 1] >= RESOLVED[dtype] * energy[0] or dtype != W.dtype:
+        if energy[k - 1] >= RESOLVED[dtype] * energy[0] or dtype != W.dtype:
             return energy, E
     _, S, Vh = torch.linalg.svd(A, full_matrices=False)
     return S**2, Vh.mT

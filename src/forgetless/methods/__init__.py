@@ -8,6 +8,7 @@ from ..errors import ConfigError, nearest
 
 REGISTRY = {
     "gorp": "gorp:GORP",
+    "osft": "osft:OSFT",
     "seqft": "seqft:SeqFT",
     "lora": "lora:LoRA",
     "inclora": "inclora:IncLoRA",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from ..errors import ConfigError, nearest
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..tasks import Example, Task
@@ -44,6 +45,8 @@ class Method:
     constrained = False  # does it promise that updates stay out of a protected space?
 
     Options: type[Options] = Options
+    tokenizer: Any = None  # of the run, set by the loop before the first hook, for methods that read a task's rows themselves
+    progress: Progress = Progress()  # likewise: stage and advance for what takes long; silent where nobody has set one
 
     def __init__(self, **options: Any):
         try:

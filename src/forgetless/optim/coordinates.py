@@ -5,6 +5,8 @@
 
 P and Q are orthogonal to what the constraint protects on their side, so dW is, whatever an optimizer does to R element by element.
 
+    R = P^T G Q          P and Q given and never chosen anew ("directions"); a side without one stays whole        (OSFT, arXiv 2504.07097)
+
 Functions of a parameter group and of one tensor's state ("basis" is Q, "basis_left" P, and Adam's moments where they exist). The gradient is read with the
 side that Q reduces last, (m, n) below. The group's constraint and side speak of the weight as stored.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspace import orthonormalize, project_out, rotate_moments, tolerance, top_subspace
+from ..subspace import orthonormalize, project_out, project_out_, rotate_moments, tolerance, top_subspace
 from .rounding import seeded
 
 SIDES = ("inputs", "outputs", "both")
@@ -43,14 +45,49 @@ def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     return (left if group["side"] == "both" else None), right
 
 
+def reduced(group: dict[str, Any]) -> bool:
+    """Does Adam run in coordinates, and not on the weight's own entries?"""
+    return group["rank"] is not None or group["directions"] is not None
+
+
+def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
+    """Raise ValueError unless the group's given P (out, p) and Q (in, q) fit a weight of this (out, in) shape and what its constraint protects."""
+    P, Q = group["directions"]
+    constraint = group["constraint"]
+    if group["rank"] is not None or P is None and Q is None:
+        raise ValueError("SubspaceAdamW: directions are a pair (P, Q) of bases, of which one may be None, and take the place of a rank")
+    if constraint is not None and (constraint.mask is not None or constraint.forbid == "both"):
+        raise ValueError("SubspaceAdamW: directions go with a constraint that protects whole sides; a mask or forbid='both' needs the dense form")
+    for B, side, axis in ((P, "outputs", 0), (Q, "inputs", 1)):
+        if B is None:
+            continue
+        if B.ndim != 2 or len(shape) != 2 or B.shape[0] != shape[axis]:
+            raise ValueError(f"SubspaceAdamW: directions of the {side} of shape {tuple(B.shape)} for a weight of shape {tuple(shape)} (out, in)")
+        V = None if constraint is None else getattr(constraint, side)
+        if B.shape[1] and not float((B.mT @ B - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)).abs().max()) < 1e-4:
+            raise ValueError(f"SubspaceAdamW: the directions of the {side} are not orthonormal; pass them through forgetless.subspace.orthonormalize")
+        if _width(V) and B.shape[1] and not float((B.mT @ V.to(B)).abs().max()) < 1e-4:
+            raise ValueError(f"SubspaceAdamW: the directions of the {side} are not orthogonal to what the constraint protects there")
+
+
 def covers(group: dict[str, Any]) -> bool:
     """Is every step in these coordinates permitted by construction? If not, the dense update has to be projected."""
     constraint = group["constraint"]
-    if constraint is None or constraint.empty:
+    if constraint is None or constraint.empty or group["directions"] is not None:
         return True
     if constraint.mask is not None or constraint.forbid == "both":
         return False
     return _width(constraint.inputs) + _width(constraint.outputs) == sum(map(_width, protected(group)))
+
+
+def restrict_whole_side_(group: dict[str, Any], R: Tensor) -> Tensor:
+    """R in given directions becomes its permitted part, in place: a side that stays whole is kept off what is protected there."""
+    (P, Q), constraint = group["directions"], group["constraint"]
+    if constraint is not None and Q is None:
+        project_out_(R, constraint.inputs)
+    if constraint is not None and P is None:
+        project_out_(R.mT, constraint.outputs)
+    return R
 
 
 def sizes(group: dict[str, Any], shape: torch.Size) -> tuple[int, int, int]:
@@ -61,7 +98,10 @@ def sizes(group: dict[str, Any], shape: torch.Size) -> tuple[int, int, int]:
 
 
 def elements(group: dict[str, Any], shape: torch.Size) -> int:
-    """Numbers in the moments and bases of a weight of this shape."""
+    """Numbers in the moments of a weight of this shape, and in the bases that are chosen for it."""
+    if group["directions"] is not None:
+        m, n = (side if B is None else B.shape[1] for B, side in zip(group["directions"], shape, strict=True))
+        return 2 * m * n
     m, n, r = sizes(group, shape)
     return (2 * r + m + n) * r if group["side"] == "both" else (2 * m + n) * r
 
@@ -72,6 +112,11 @@ def _width(V: Tensor | None) -> int:
 
 def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int) -> Tensor | None:
     """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
+    if group["directions"] is not None:
+        P, Q = group["directions"]
+        R = G if Q is None else G @ Q
+        R = (R if P is None else P.mT @ R).contiguous()
+        return restrict_whole_side_(group, R) if R.numel() else None
     updates = int(state.get("updates", 0))
     if updates % group["refresh_gap"] == 0 or "basis" not in state:
         choose(group, state, G, (seed, index, updates))
@@ -135,6 +180,9 @@ def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | Non
 
 def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tuple[Tensor, Tensor]:
     """Two thin factors L, K with dW = L K in the weight's shape, for a step delta (m, r) or (r, r) in the coordinates."""
+    if group["directions"] is not None:
+        P, Q = group["directions"]
+        return (P, delta) if Q is None else (delta if P is None else P @ delta, Q.mT)
     left, Q = delta if group["side"] != "both" else state["basis_left"] @ delta, state["basis"]
     return (Q, left.mT) if flipped(group) else (left, Q.mT)
 
@@ -145,7 +193,11 @@ def leak(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> float:
     norm = float(delta.norm())  # = ||dW||: P and Q are orthonormal
     if norm == 0:
         return 0.0
-    U, V = protected(group)
-    right = float((delta @ (state["basis"].mT.double() @ V.double())).norm()) if _width(V) else 0.0
-    left = float(((U.mT.double() @ state["basis_left"].double()) @ delta).norm()) if _width(U) else 0.0
+    if group["directions"] is not None:
+        (P, Q), constraint = group["directions"], group["constraint"]
+        U, V = (None, None) if constraint is None else (constraint.outputs, constraint.inputs)
+    else:
+        (U, V), P, Q = protected(group), state.get("basis_left"), state["basis"]
+    right = float((delta @ (V.double() if Q is None else Q.mT.double() @ V.double())).norm()) if _width(V) else 0.0
+    left = float(((U.mT.double() if P is None else U.mT.double() @ P.double()) @ delta).norm()) if _width(U) else 0.0
     return (right**2 + left**2) ** 0.5 / norm

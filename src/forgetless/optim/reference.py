@@ -12,16 +12,19 @@ class ReferenceAdamW:
     """One weight, full matrices: AdamW (Loshchilov & Hutter, 2019), the state in r directions where `rank` is set, the forbidden part of the step removed.
 
     W: (out, in), changed in place by step(G). side "inputs": the state is out x r, in the directions Q (in, r); "both": r x r, in P (out, r) and Q.
-    tolerance: entries of an r x r R below this share of its largest are round-off.
+    tolerance: entries of an r x r R below this share of its largest are round-off. directions: P (out, p) and Q (in, q) for good, in place of a rank; None is I.
     """
 
     def __init__(self, W: Tensor, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, constraint: Constraint | None = None,
                  rank: int | None = None, refresh_gap: int = 10, moments: str = "rotate", scale: float = 1.0, side: str = "inputs",
-                 tolerance: float = 1e-12):  # fmt: skip
+                 tolerance: float = 1e-12, directions: tuple[Tensor | None, Tensor | None] | None = None):  # fmt: skip
         self.W, self.W_start = W, W.clone()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.constraint, self.rank, self.refresh_gap, self.moments, self.scale = constraint, rank, refresh_gap, moments, scale
         self.side, self.tolerance = side, tolerance
+        self.directions = None
+        if directions is not None:
+            self.directions = [torch.eye(size, dtype=W.dtype) if B is None else B for B, size in zip(directions, W.shape, strict=True)]
         self.t = self.updates = 0
         self.P = self.Q = self.M = self.v = None
 
@@ -37,6 +40,9 @@ class ReferenceAdamW:
                 R = torch.where(R.abs() > self.tolerance * R.abs().max(), R, torch.zeros_like(R))
             else:
                 R = G @ self.Q  # = permitted Q where the inputs are protected: Q is orthogonal to them
+        if self.directions is not None:
+            P, Q = self.directions
+            R = P.mT @ permitted @ Q
         if self.M is None:
             self.M, self.v = torch.zeros_like(R), torch.zeros_like(R)
         self.t += 1
@@ -45,13 +51,15 @@ class ReferenceAdamW:
         self.M = b1 * self.M + (1 - b1) * R
         self.v = b2 * self.v + (1 - b2) * R * R
         step = (self.M / (1 - b1**self.t)) / ((self.v / (1 - b2**self.t)).sqrt() + self.eps)
-        if self.rank is None:
+        if self.directions is not None:
+            D = -self.lr * self.scale * P @ step @ Q.mT
+        elif self.rank is None:
             D = -self.lr * step
         elif self.side == "both":
             D = -self.lr * self.scale * self.P @ step @ self.Q.mT
         else:
             D = -self.lr * self.scale * step @ self.Q.mT
-        if self.constraint is None and self.rank is None:
+        if self.constraint is None and self.rank is None and self.directions is None:
             D = D - self.lr * self.weight_decay * self.W
         else:
             D = D - self.lr * self.weight_decay * (self.W - self.W_start)

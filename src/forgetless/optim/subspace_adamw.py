@@ -1,12 +1,13 @@
 """AdamW whose state may live in a low-rank subspace and whose update may be kept off protected directions, exactly.
 
-Three kinds of tensor, in any mixture, chosen by the parameter group:
+Four kinds of tensor, in any mixture, chosen by the parameter group:
 - plain: nothing set. torch's AdamW, to the bit.
 - `constraint`: dense Adam; the part of the finished step that the Constraint forbids is removed AFTER Adam's division. (Projecting the gradient only
   leaks: dividing by sqrt(v) element by element does not commute with a projection. tests/test_optim.py shows it on the authors' own numbers: over a tenth.)
 - `rank`: G (out, in) is used in r coordinates R = G Q (GaLore, arXiv 2403.03507), Adam runs on R, the step is lifted back: dW = -lr * step(R) Q^T; or on
   both sides, R = P^T G Q and dW = -lr * P step(R) Q^T (GORP eq. 3-4). With a constraint on the inputs, Q is drawn orthogonal to it, so no element-wise
   operation on R can reach the protected space; P likewise on the outputs (coordinates.py).
+- `directions`: the same in given P and Q that are never chosen anew (OSFT, arXiv 2504.07097: the singular directions of W that may learn).
 
 Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), also for bf16 and fp16 weights, whose own coarseness is `precision`'s matter
 (rounding.py); all state loads with weights_only=True. Not for: sparse gradients, complex weights, tensors that are not matrices with a rank or a basis.
@@ -25,7 +26,7 @@ from ..subspace import Constraint, working_dtype
 from . import coordinates, rounding
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
-NOT_SAVED = ("constraint", "names")
+NOT_SAVED = ("constraint", "directions", "names")
 
 
 class SubspaceAdamW(torch.optim.Optimizer):
@@ -37,7 +38,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
             rank (int, optional): keep the state in this many directions; None is dense.
             side (str): "inputs" (R = G Q, Q in x r; state (2 out + in) r), "outputs" (R = Q^T G, Q out x r; (2 in + out) r), or "both" (R = P^T G Q,
                 P out x r, Q in x r; (2 r + out + in) r).
-            transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint and side speak of the logical (out, in) matrix all the
+            directions (pair, optional): in place of a rank, fixed orthonormal P (out, p) and Q (in, q), R = P^T G Q, dW = P step(R) Q^T. Either may be None: that
+                side stays whole, R is held off what the constraint protects there before Adam and after it.
+            transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in) matrix all the
                 same. `param_groups` then shows both as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
@@ -79,7 +82,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, side="inputs",
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, side="inputs",
             refresh_gap=10, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -111,11 +114,16 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 raise ValueError(f"SubspaceAdamW: transposed=True on a tensor of shape {tuple(p.shape)}; only a matrix is stored as its transpose")
             if constraint is not None:
                 constraint.check(p.shape[::-1] if transposed else p.shape)
+            if group["directions"] is not None:
+                coordinates.check_directions(group, p.shape[::-1] if transposed else p.shape)
         group.setdefault("flipped", transposed)  # which way both sides are read; there already where the group comes from another optimizer
         if transposed:  # from here on everything speaks of the weight as stored
             group["side"] = {"inputs": "outputs", "outputs": "inputs", "both": "both"}[group["side"]]
             constraint = None if constraint is None else constraint.transposed
+            group["directions"] = None if group["directions"] is None else group["directions"][::-1]
         for p in group["params"]:
+            if group["directions"] is not None:
+                group["directions"] = tuple(None if B is None else B.detach().to(p.device, working_dtype(p.dtype)) for B in group["directions"])
             if constraint is not None:
                 constraint = constraint.to(p.device, working_dtype(p.dtype))
             if self._keeps_start(group):
@@ -124,7 +132,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _keeps_start(group: dict[str, Any]) -> bool:
-        return bool(group["weight_decay"]) and (group["rank"] is not None or group["constraint"] is not None)
+        return bool(group["weight_decay"]) and (coordinates.reduced(group) or group["constraint"] is not None)
 
     # -- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -153,7 +161,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         dtype, constraint = working_dtype(p.dtype), group["constraint"]
         if constraint is not None and constraint.full:
             return None
-        if group["rank"] is None:
+        if not coordinates.reduced(group):
             if constraint is not None and G.dtype == dtype:
                 constraint.restrict_(G)
             elif constraint is not None:
@@ -183,7 +191,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         rounding.prepare(p, state, group["precision"])
         W = rounding.exact(p, state)
         # everything but a plain tensor steps a zero buffer first: the buffer IS the update, so it can be projected, lifted, scaled and measured
-        plain = group["rank"] is None and group["constraint"] is None and W is not None and W.is_contiguous()
+        plain = not coordinates.reduced(group) and group["constraint"] is None and W is not None and W.is_contiguous()
         target = W if plain else torch.zeros_like(R)
         adamw(
             [target], [R], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
@@ -201,8 +209,10 @@ class SubspaceAdamW(torch.optim.Optimizer):
         state, constraint = self.state[p], group["constraint"]
         rate = float(group["lr"]) * group["lr_scale"] * group["weight_decay"]
         seeds = (self.seed, index, int(state.get("updates", 0)), 1)
-        if group["rank"] is not None:
+        if coordinates.reduced(group):
             delta.mul_(group["scale"])
+            if group["directions"] is not None:
+                coordinates.restrict_whole_side_(group, delta)
             L, K = coordinates.factors(group, state, delta)
             if coordinates.covers(group) and not rate:
                 W = rounding.exact(p, state)
@@ -250,18 +260,18 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 self.state[p].pop("compensation", None)
 
     def state_bytes(self) -> int:
-        """Bytes of all state tensors and bases of constraints, each storage once."""
-        return _storage_bytes([t for state in self.state.values() for t in state.values() if torch.is_tensor(t)] + self._constraint_tensors())
+        """Bytes of all state tensors, bases of constraints and given directions, each storage once."""
+        return _storage_bytes([t for state in self.state.values() for t in state.values() if torch.is_tensor(t)] + self._given_tensors())
 
     def planned_bytes(self) -> int:
         """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing)."""
-        total = _storage_bytes(self._constraint_tensors())
+        total = _storage_bytes(self._given_tensors())
         for group, p in self._each():
             size = working_dtype(p.dtype).itemsize
             if group["constraint"] is not None and group["constraint"].full:  # never stepped
                 total += p.numel() * size if self._keeps_start(group) else 0
                 continue
-            if group["rank"] is None:
+            if not coordinates.reduced(group):
                 total += 2 * p.numel() * size + 4  # moments, step
             else:
                 total += coordinates.elements(group, p.shape) * size + 4  # moments, bases, step
@@ -270,9 +280,10 @@ class SubspaceAdamW(torch.optim.Optimizer):
             total += rounding.planned_bytes(p, group["precision"])
         return total
 
-    def _constraint_tensors(self) -> list[Tensor]:
+    def _given_tensors(self) -> list[Tensor]:
         constraints = [group["constraint"] for group in self.param_groups if group["constraint"] is not None]
-        return [t for c in constraints for t in (c.inputs, c.outputs, c.mask) if t is not None]
+        directions = [B for group in self.param_groups for B in group["directions"] or ()]
+        return [t for t in (*(t for c in constraints for t in (c.inputs, c.outputs, c.mask)), *directions) if t is not None]
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
