@@ -12,7 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from forgetless.subspace import Constraint, Subspace, coverage, energy_rank, extend, leak, orthonormalize, project_out, rotate_moments, top_subspace
+from forgetless.subspace import (
+    Constraint,
+    Subspace,
+    coverage,
+    energy_rank,
+    extend,
+    leak,
+    orthonormalize,
+    project_out,
+    rotate_moments,
+    spectrum,
+    top_subspace,
+    without_lowest,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "gorp"
 EYE = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -113,6 +126,85 @@ def test_top_subspace_of_zero_is_empty_and_does_not_hold_the_factor_alive():
     assert top_subspace(torch.zeros(5, 4)).rank == 0
     V = top_subspace(matrix(30, 20, 0), 2, "svd").basis
     assert V.untyped_storage().nbytes() == V.nbytes
+
+
+# -- spectrum, without_lowest ----------------------------------------------------------------------------------------------------------
+
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest singular value
+
+
+def with_spectrum(m: int, n: int, S: torch.Tensor, seed: int, dtype=torch.float64) -> torch.Tensor:
+    """A matrix (m, n) of which the singular values are known."""
+    R = len(S)
+    return (basis(m, R, seed) * S.double() @ basis(n, R, seed + 1).mT).to(dtype)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    m=sizes, n=sizes, rank=st.integers(0, 24), k=st.none() | sizes, seed=seeds, dtype=dtypes, scale=st.sampled_from([1e-8, 1.0, 1e6]), low=st.integers(0, 24)
+)  # fmt: skip
+def test_spectrum_is_the_svd_whatever_the_rank(m, n, rank, k, seed, dtype, scale, low):
+    W = matrix(m, n, seed, dtype, rank=min(rank, m, n), scale=scale)
+    U, S, V = spectrum(W, k)
+    true = torch.linalg.svdvals(W.double())
+    kept, atol = min(k or m, m, n), CLOSE[dtype] * float(true[0])
+    assert U.shape == (m, kept) and S.shape == (kept,) and V.shape == (n, kept) and U.dtype == S.dtype == V.dtype == dtype
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    assert bool((S >= 0).all()) and bool((S.diff() <= 0).all())
+    torch.testing.assert_close(S.double(), true[:kept], atol=atol, rtol=0)
+    torch.testing.assert_close(W @ V, U * S, atol=8 * atol, rtol=0)
+    # what is left is no more than the best approximation leaves
+    left = torch.linalg.matrix_norm(W.double() - (U.double() * S.double()) @ V.double().mT)
+    assert float(left) <= float(true[kept:].norm()) + 8 * atol
+
+    count = min(low, m, n)
+    rest, share = without_lowest(W, count)
+    keep = min(m, n) - count
+    assert rest.dtype == dtype and rest.is_contiguous()
+    assert math.isclose(float((W.double() - rest.double()).norm()), float(true[keep:].norm()), rel_tol=1e-3, abs_tol=8 * atol)
+    torch.testing.assert_close(torch.linalg.svdvals(rest.double())[:keep], true[:keep], atol=8 * atol, rtol=0)
+    assert share == pytest.approx(float((true[keep:] ** 2).sum() / (true**2).sum().clamp_min(1e-300)), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (90, 40), (40, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e6, 1e9])
+def test_spectrum_of_an_ill_conditioned_matrix(shape, dtype, condition):
+    """An fp32 Gram matrix would be noise below 3e-4 of the largest singular value; what fp32 itself can hold must come out."""
+    true = torch.logspace(0, -math.log10(condition), min(shape), dtype=torch.float64)
+    W = with_spectrum(*shape, true, 0, dtype)
+    U, S, V = spectrum(W)
+    assert_orthonormal(U)
+    assert_orthonormal(V)
+    assert float((S.double() - true).abs().max()) < CLOSE[dtype]
+    torch.testing.assert_close((U * S) @ V.mT, W, atol=CLOSE[dtype], rtol=0)
+    rest, _ = without_lowest(W, 20)
+    assert float((W.double() - rest.double()).norm()) == pytest.approx(float(true[-20:].norm()), rel=1e-2, abs=CLOSE[dtype])
+    # the directions themselves, where the dtype's own rounding of W leaves them defined
+    if condition * torch.finfo(dtype).eps < 1e-3:
+        gone, exact = W.double() - rest.double(), torch.linalg.svd(W.double())
+        best = (exact.U[:, : min(shape)] * exact.S)[:, -20:] @ exact.Vh[: min(shape)][-20:]
+        assert float((gone - best).norm()) < 0.02 * float(best.norm()) + CLOSE[dtype]
+
+
+def test_gram_matrices_in_fp32_alone_would_not_do(monkeypatch):
+    """Break it once: without the second precision the weakest directions are not those of W."""
+    import forgetless.subspace
+
+    true = torch.logspace(0, -5, 60, dtype=torch.float64)
+    W = with_spectrum(60, 60, true, 0, torch.float32)
+    monkeypatch.setattr(forgetless.subspace, "RESOLVED", {torch.float32: 0.0, torch.float64: 0.0})
+    rest, _ = without_lowest(W, 10)
+    assert float((W - rest).norm()) > 1.5 * float(true[-10:].norm())
+
+
+def test_spectrum_of_weights_in_bf16_and_of_parameters():
+    W = torch.nn.Parameter(matrix(12, 8, 0, torch.float32).bfloat16())
+    U, S, V = spectrum(W)
+    assert U.dtype == torch.float32 and not U.requires_grad
+    torch.testing.assert_close((U * S) @ V.mT, W.detach().float(), atol=1e-5, rtol=0)
+    assert not without_lowest(W, 2)[0].requires_grad
 
 
 # -- energy_rank and extend ------------------------------------------------------------------------------------------------------------

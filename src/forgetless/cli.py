@@ -140,6 +140,9 @@ def report(
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A config to check: model, modules, bytes, tasks.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run.")] = None,
+    truncation: Annotated[
+        bool, typer.Option("--truncation", help="Instead: the loss on dev rows without the weakest singular directions. Takes minutes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Versions and hardware; with a config also what the method would train, the bytes it would hold, and every task's rows.
@@ -148,12 +151,48 @@ def doctor(
     """
     from .config import load_config
 
+    if truncation and config is None:
+        raise ConfigError("doctor --truncation needs a config, for its model and its dev rows: forgetless doctor --truncation first.yaml")
     settings = load_config(config, overrides or []) if config is not None else None
     quiet_libraries()
+    if truncation:
+        from contextlib import closing
+
+        from .progress import RichProgress
+        from .truncation import measure, show_truncation
+
+        with closing(RichProgress()) as shown:
+            found = measure(settings, shown)
+        print(json.dumps(found, indent=1)) if as_json else show_truncation(found)
+        return
     from .doctor import examine, show
 
     found = examine(settings)
     print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command("export-lora")
+def export_lora(
+    trained: Annotated[str, typer.Argument(help="A run's folder (its current model), or a trained model.")],
+    out: Annotated[Path, typer.Option("--out", help="The adapter's folder, new or empty.")],
+    base: Annotated[str | None, typer.Option("--base", help="The model it was trained from; default: what the run says.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Share of each layer's ||dW||^2 to keep; default: 0.99.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="One rank for every layer instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what export.json holds instead of a summary.")] = False,
+) -> None:
+    """Write what training changed as a LoRA adapter that PEFT loads, and say how much of the change it misses.
+
+    Example: forgetless export-lora runs/first --out adapter --energy 0.99
+    """
+    quiet_libraries()
+    from contextlib import closing
+
+    from . import export
+    from .progress import RichProgress
+
+    with closing(RichProgress()) as shown:
+        found = export.export_lora(trained, base, out, energy=energy, rank=rank, progress=shown)
+    print(json.dumps(found, indent=1)) if as_json else export.show(found, out)
 
 
 def quiet_libraries() -> None:

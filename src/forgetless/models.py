@@ -31,8 +31,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FORGETLESS_CACHE") or platformdirs.user_cache_dir("forgetless"))
 
 
-def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) in eval mode, on the CPU, in `dtype`. Raises DataError when something is missing, malformed or wants to run remote code."""
+def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str = torch.float32):
+    """(model, tokenizer) in eval mode, on the CPU, in `dtype` ("auto": as stored). Raises DataError when something is missing, malformed or wants to run remote code."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     path = resolve(name)
@@ -218,7 +218,7 @@ def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, optio
             raise ConfigError(f"{option}: '{pattern}' is not a regular expression ({error})") from None
     else:
         found = {n: m for n, m in every.items() if any(n == p or n.endswith("." + p) for p in pattern)}
-    tied = _tied(model)
+    tied = tied_weights(model)
     for name, module in found.items():
         weight = getattr(module, "weight", None)
         if weight is not None and id(weight) in tied:
@@ -240,7 +240,8 @@ def match_modules(model: torch.nn.Module, pattern: str | list[str] | None, optio
     return found
 
 
-def _tied(model: torch.nn.Module) -> dict[int, list[str]]:
+def tied_weights(model: torch.nn.Module) -> dict[int, list[str]]:
+    """id of a weight that several layers share -> their names."""
     names: dict[int, list[str]] = {}
     for name, module in named_layers(model).items():
         weight = module._parameters.get("weight")

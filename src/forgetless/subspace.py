@@ -210,25 +210,52 @@ def coverage(X: Tensor, V: Tensor) -> float:
     return float(((X @ V).double() ** 2).sum()) / energy if energy > 0 else 0.0
 
 
-def spectrum(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular directions of W (m, n), largest first: U (m, R), S (R,), V (n, R) with R = min(m, n) and W = U diag(S) V^T.
+def spectrum(W: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k leading singular directions of W (out, in), all R = min(out, in) by default: U (out, k), S (k,) descending, V (in, k), W = U diag(S) V^T.
 
-    By eigh of the smaller Gram matrix, which is what makes it fast; U (or V) are the columns of W V (U^T W) brought to length 1 one after another by QR, so both
-    are orthonormal whatever the rank of W. The Gram matrix squares the condition number: where the smallest value is under 1e-3 of the largest it is built in fp64.
+    By eigh of the smaller Gram matrix, several times faster than an SVD. Both bases are orthonormal whatever the rank of W: directions of a zero singular
+    value are arbitrary ones that complete the basis. fp64 for fp64, else fp32.
     """
-    if W.shape[0] < W.shape[1]:
-        V, S, U = spectrum(W.mT)
-        return U, S, V
-    A = W
-    energy, V = torch.linalg.eigh(A.mT @ A)
-    if A.dtype != torch.float64 and not energy[0] > 1e-6 * energy[-1]:
-        A = W.double()
-        energy, V = torch.linalg.eigh(A.mT @ A)
-    V = V.flip(1)
-    U, R = torch.linalg.qr(A @ V)
-    S = R.diagonal()
-    sign = torch.where(S < 0, -1.0, 1.0).to(S.dtype)
-    return (U * sign).to(W.dtype), S.abs().to(W.dtype), V.to(W.dtype)
+    W = W.detach().to(working_dtype(W.dtype))
+    tall = W.shape[0] >= W.shape[1]
+    k = min(W.shape) if k is None else min(k, *W.shape)
+    E = _small_side(W, k)[1][:, :k]
+    # A E = Q diag(S) but for rounding; QR, because A E / S is orthonormal only where S is large
+    Q, T = torch.linalg.qr((W if tall else W.mT).to(E.dtype) @ E)
+    S, order = T.diagonal().abs().sort(descending=True, stable=True)
+    Q = Q * torch.where(T.diagonal() < 0, -1, 1)
+    U, V = (Q, E) if tall else (E, Q)
+    return U[:, order].to(W.dtype).contiguous(), S.to(W.dtype), V[:, order].to(W.dtype).contiguous()
+
+
+def without_lowest(W: Tensor, count: int) -> tuple[Tensor, float]:
+    """W (out, in) without its `count` weakest singular directions, and the share of ||W||^2 that they held. Only the smaller side is decomposed."""
+    W = W.detach().to(working_dtype(W.dtype))
+    tall, R = W.shape[0] >= W.shape[1], min(W.shape)
+    energy, E = _small_side(W, R)
+    low = E[:, R - count :].to(W.dtype)
+    rest = project_out(W, low) if tall else project_out(W.mT, low).mT
+    return rest.contiguous(), float(energy[R - count :].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny))
+
+
+# below this share of the largest eigenvalue a Gram matrix of the dtype tells directions apart no longer: it squares the condition number
+RESOLVED = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def _small_side(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared singular values (R,) of W (out, in), descending, and the singular directions (R, R) of its smaller side; precise enough for the first k.
+
+    An fp32 W whose k-th direction is too weak for fp32 is done in fp64, which resolves whatever fp32 can hold; an fp64 one then by an SVD, twice as slow.
+    """
+    A = W if W.shape[0] >= W.shape[1] else W.mT  # (m, R)
+    for dtype in dict.fromkeys((W.dtype, torch.float64)):
+        D = A.to(dtype)
+        energy, E = torch.linalg.eigh(D.mT @ D)
+        energy, E = energy.flip(0).clamp_min(0), E.flip(1)
+        if energy[k - 1] >= RESOLVED[dtype] * energy[0] or dtype != W.dtype:
+            return energy, E
+    _, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return S**2, Vh.mT
 
 
 def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
