@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, nearest
 from ..progress import Progress
+from ..subspace import Subspace
 
 if TYPE_CHECKING:
     from ..tasks import Example, Task
@@ -27,6 +28,15 @@ class Memory:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+
+    def spaces(self) -> dict[str, Subspace]:
+        """Module -> its protected space, as `keep` has put it there."""
+        names = [key.removesuffix(".basis") for key in self.tensors if key.endswith(".basis")]
+        return {name: Subspace(self.tensors[f"{name}.basis"], self.tensors[f"{name}.energy"]) for name in names}
+
+    def keep(self, spaces: dict[str, Subspace]) -> None:
+        for name, space in spaces.items():
+            self.tensors[f"{name}.basis"], self.tensors[f"{name}.energy"] = space.basis, space.energy
 
 
 class Options(BaseModel):

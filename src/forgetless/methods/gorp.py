@@ -109,7 +109,7 @@ class GORP(Method):
             lora_layers(model, self.options.lora_modules)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
-        self.load_spaces(memory)
+        self.spaces = memory.spaces()
         self.statistics, self.drawn = {}, {}
         for name, layer in self.attach(model).items():
             A, _ = factors(layer)
@@ -120,7 +120,7 @@ class GORP(Method):
         return model
 
     def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
-        self.load_spaces(memory)
+        self.spaces = memory.spaces()
         self.load_state_dict(state)
         for name, layer in self.attach(model).items():
             with torch.no_grad():
@@ -134,13 +134,7 @@ class GORP(Method):
         if self.space_side != "inputs" or not o.use_shared_space:
             raise ConfigError("protect_from: protects input directions, which need use_shared_space and side: inputs or both")
         layers = self.full_layers(model) | (lora_layers(model, o.lora_modules) if o.use_lora else {})
-        spaces = input_spaces(model, layers, prompts, o.protect_energy, size=o.sketch_size, max_rank=o.max_rank, advance=advance)
-        for name, space in spaces.items():
-            memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy
-
-    def load_spaces(self, memory: Memory) -> None:
-        names = {key.removesuffix(".basis") for key in memory.tensors if key.endswith(".basis")}
-        self.spaces = {name: Subspace(memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"]) for name in names}
+        memory.keep(input_spaces(model, layers, prompts, o.protect_energy, size=o.sketch_size, max_rank=o.max_rank, advance=advance))
 
     @property
     def space_side(self) -> str:
@@ -226,8 +220,8 @@ class GORP(Method):
             if o.max_rank is None and total and coverage(A, space.basis) * float((A.double() ** 2).sum()) < 0.99 * o.energy * total:
                 short.append(name)  # the sketch has dropped more than the space may lack
             evicted += lost
-            self.spaces[name] = space = space.to("cpu")
-            memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy
+            self.spaces[name] = space.to("cpu")
+        memory.keep(self.spaces)
         memory.info["evicted"] = memory.info.get("evicted", 0) + evicted
         if evicted:
             log.warning("gorp: max_rank %s is reached; %d directions of least energy were given up and are no longer protected", o.max_rank, evicted)

@@ -121,14 +121,8 @@ class OSFT(Method):
         o = self.options
         if o.protect == "weights":
             raise ConfigError("protect_from: method osft looks at inputs with protect: inputs or protect: both only")
-        spaces = input_spaces(model, self.layers(model), prompts, o.protect_energy, max_share=o.max_share, known=self.spaces(memory), advance=advance)
-        for name, space in spaces.items():
-            memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"] = space.basis, space.energy
-
-    @staticmethod
-    def spaces(memory: Memory) -> dict[str, Subspace]:
-        names = [key.removesuffix(".basis") for key in memory.tensors if key.endswith(".basis")]
-        return {name: Subspace(memory.tensors[f"{name}.basis"], memory.tensors[f"{name}.energy"]) for name in names}
+        layers = self.layers(model)
+        memory.keep(input_spaces(model, layers, prompts, o.protect_energy, max_share=o.max_share, known=memory.spaces(), advance=advance))
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return match_modules(model, self.options.target_modules, "method.target_modules")
@@ -153,7 +147,7 @@ class OSFT(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, memory: Memory) -> None:
         """What is closed and, where coordinates are used, what learns, of every target matrix: one after another."""
-        self.parts, layers, spaces = {}, self.layers(model), self.spaces(memory)
+        self.parts, layers, spaces = {}, self.layers(model), memory.spaces()
         self.progress.stage("decomposing the weights", len(layers))
         for done, (name, layer) in enumerate(layers.items(), 1):
             W = logical(layer.weight, layer).detach()
@@ -195,7 +189,7 @@ class OSFT(Method):
         o = self.options
         if o.block == "paper":
             return {}  # no input direction is closed to every output
-        found = {} if o.protect == "weights" else {name: space.basis for name, space in self.spaces(memory).items()}
+        found = {} if o.protect == "weights" else {name: space.basis for name, space in memory.spaces().items()}
         for name, (constraint, _) in self.parts.items() if o.protect != "inputs" else ():
             V = constraint.inputs.cpu()
             found[name] = torch.cat([V, orthonormalize(found[name].to(V), against=V, scale=1.0)], 1) if name in found else V
