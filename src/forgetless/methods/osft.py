@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
-from ..subspace import Constraint, Subspace, orthonormalize, spectrum, working_dtype
+from ..subspace import Constraint, Subspace, orthonormalize, project_out, spectrum, tolerance, top_subspace, working_dtype
 from ..tasks import sample
 from .base import Memory, Method, Options
 
@@ -48,8 +48,8 @@ class OSFTOptions(Options):
     """What is closed: the weights' leading directions, those of the layers' inputs on the tasks learned so far, or both."""
     protect_energy: float = Field(0.9, gt=0, le=1)
     """With inputs or both: the share of a task's input energy, and of protect_from's prompts', that is closed after it."""
-    max_share: float = Field(0.5, gt=0, lt=1)
-    """With inputs or both: the largest share of a layer's input directions that inputs may close; beyond it those of least energy are given up."""
+    max_share: float = Field(0.75, gt=0, lt=1)
+    """With inputs or both: the largest share of a layer's input directions that may be closed; beyond it inputs of least energy are given up."""
     target_modules: str | list[str] | None = None
     """Linear layers that learn: a regex over whole dotted names, or a list of ends of names; absent: all but the head. Everything else is frozen."""
 
@@ -96,8 +96,14 @@ class OSFT(Method):
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
+        o, room = self.options, 0
         for name, layer in self.layers(model).items():
-            self.frozen(name, min(layer.weight.shape), 0)
+            W = logical(layer.weight, layer)
+            room = max(room, int(o.max_share * W.shape[1]) - self.frozen(name, min(W.shape), (o.tasks or 1) - 1))
+        if o.protect == "both" and room < 1:
+            raise ConfigError(
+                f"method osft: beside frozen_ratio, max_share {o.max_share:g} leaves no room for inputs in any layer; raise it, or use protect: weights"
+            )
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.prepare(model, memory)
@@ -152,14 +158,13 @@ class OSFT(Method):
         for done, (name, layer) in enumerate(layers.items(), 1):
             W = logical(layer.weight, layer).detach()
             W = W.to(working_dtype(W.dtype))
-            space = spaces.get(name)
-            S = None if space is None or self.options.protect == "weights" else space.basis.to(W)
+            S = None if self.options.protect == "weights" or name not in spaces else spaces[name].to(W)
             k = 0 if self.options.protect == "inputs" else self.frozen(name, min(W.shape), memory.info.get("tasks", 0))
             self.parts[name] = self.part(W, k, S)
             self.progress.advance(done)
 
-    def part(self, W: Tensor, k: int, S: Tensor | None) -> tuple[Constraint, tuple[Tensor | None, Tensor | None] | None]:
-        """(what is closed, the directions that learn or None) of W (out, in): its k leading singular directions and the inputs S (in, s)."""
+    def part(self, W: Tensor, k: int, S: Subspace | None) -> tuple[Constraint, tuple[Tensor | None, Tensor | None] | None]:
+        """(what is closed, the directions that learn or None) of W (out, in): its k leading singular directions and the inputs S."""
         if k == 0:  # an empty space is there so that weight decay pulls toward the task's start
             return Constraint(inputs=Subspace.empty(W.shape[1], W.dtype, W.device) if S is None else S), None
         U, _, V = spectrum(W)  # (out, R), (R,), (in, R)
@@ -169,9 +174,18 @@ class OSFT(Method):
         # a side with more dimensions than singular directions stays whole: the rest of them may learn too
         U_low, V_low = (B[:, k:].contiguous() if B.shape[0] == B.shape[1] else None for B in (U, V))
         if S is not None:
-            V_high = torch.cat([V_high, orthonormalize(S, against=V_high, scale=1.0)], 1)
+            V_high = torch.cat([V_high, self.beyond(S, V_high)], 1)
             V_low = None if V_low is None else orthonormalize(V_low, against=V_high, scale=1.0)
         return Constraint(outputs=U_high, inputs=V_high), (U_low, V_low)
+
+    def beyond(self, S: Subspace, V: Tensor) -> Tensor:
+        """The directions of most energy of S outside V (in, k), orthonormal, as many as max_share leaves room for: the two together must not close everything."""
+        rows = (S.basis * S.energy.sqrt()).mT  # (s, in): their Gram matrix is S with its energies
+        rest = project_out(rows, V)
+        room = int(self.options.max_share * len(V)) - V.shape[1]
+        if room < 1 or not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(rows):
+            return V[:, :0]
+        return orthonormalize(top_subspace(rest, room).basis, against=V, scale=1.0)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         if not self.parts:
@@ -192,7 +206,7 @@ class OSFT(Method):
         found = {} if o.protect == "weights" else {name: space.basis for name, space in memory.spaces().items()}
         for name, (constraint, _) in self.parts.items() if o.protect != "inputs" else ():
             V = constraint.inputs.cpu()
-            found[name] = torch.cat([V, orthonormalize(found[name].to(V), against=V, scale=1.0)], 1) if name in found else V
+            found[name] = torch.cat([V, self.beyond(memory.spaces()[name].to(V), V)], 1) if name in found else V
         return {name: V for name, V in found.items() if V.shape[1]}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
