@@ -668,3 +668,28 @@ def test_a_stranger_beside_a_run_of_ours_is_left_alone(here, finished, forgetles
         Path("run", name).write_text("x")
     assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
     assert Path("run", "nohup.out").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 15296 vs 15192")],
+    ids=["commit", "checkpoint"],
+)
+def test_a_full_disk_is_said_and_the_same_command_goes_on(error, here, forgetless_, tmp_path, monkeypatch):
+    """As safetensors and torch.save word it; tried by hand on a file system of 600, 900 and 1200 kB."""
+    here["tasks"].append(write_task(tmp_path / "data", "animal"))
+    Path("first.yaml").write_text(yaml.safe_dump(here))
+    calls, save = [], forgetless.lineage.save_memory
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forgetless.lineage, "save_memory", full)
+        assert_says(forgetless_("run", "first.yaml", "--progress", "none"), 4, ["the disk is full", "keep: last 1"])
+    assert Path("run/current").read_text() == "00-colour\n"
+    assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
+    assert Path("run/current").read_text() == "01-animal\n"

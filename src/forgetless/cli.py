@@ -11,10 +11,15 @@ from typing import Annotated
 
 import typer
 
-from .errors import ConfigError, ForgetlessError
+from .errors import ConfigError, DataError, ForgetlessError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 state = {"debug": False}
+DISK_FULL = (
+    "No space left on device",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)  # the system's words, which safetensors passes on, and torch.save's own
 
 
 @app.callback()
@@ -244,6 +249,12 @@ def explain_rank(error: Exception) -> int:
 
 def explain(error: Exception) -> int:
     """The message on stderr; returns the exit status."""
+    if any(text in str(error) for text in DISK_FULL):
+        print(
+            "error: the disk is full. What is committed is kept; free some space, and the same command goes on from there. `keep: last 1` keeps fewer models",
+            file=sys.stderr,
+        )
+        return DataError.exit_code
     if isinstance(error, ForgetlessError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
