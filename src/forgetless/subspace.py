@@ -213,7 +213,7 @@ def coverage(X: Tensor, V: Tensor) -> float:
 def spectrum(W: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k leading singular directions of W (out, in), all R = min(out, in) by default: U (out, k), S (k,) descending, V (in, k), W = U diag(S) V^T.
 
-    By eigh of the smaller Gram matrix, several times faster than an SVD. Both bases are orthonormal whatever the rank of W: directions of a zero singular
+    By eigh of the smaller Gram matrix. Both bases are orthonormal whatever the rank of W: directions of a zero singular
     value are arbitrary ones that complete the basis. fp64 for fp64, else fp32.
     """
     W = W.detach().to(working_dtype(W.dtype))
@@ -245,7 +245,7 @@ RESOLVED = {torch.float32: 1e-3, torch.float64: 1e-6}
 def _small_side(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Squared singular values (R,) of W (out, in), descending, and the singular directions (R, R) of its smaller side; precise enough for the first k.
 
-    An fp32 W whose k-th direction is too weak for fp32 is done in fp64, which resolves whatever fp32 can hold; an fp64 one then by an SVD, twice as slow.
+    An fp32 W whose k-th direction is too weak for fp32 is done in fp64, which resolves whatever fp32 can hold; an fp64 one then by an SVD.
     """
     A = W if W.shape[0] >= W.shape[1] else W.mT  # (m, R)
     for dtype in dict.fromkeys((W.dtype, torch.float64)):

@@ -203,10 +203,11 @@ class OSFT(Method):
         o = self.options
         if o.block == "paper":
             return {}  # no input direction is closed to every output
-        found = {} if o.protect == "weights" else {name: space.basis for name, space in memory.spaces().items()}
+        spaces = {} if o.protect == "weights" else memory.spaces()
+        found = {name: space.basis for name, space in spaces.items()}
         for name, (constraint, _) in self.parts.items() if o.protect != "inputs" else ():
             V = constraint.inputs.cpu()
-            found[name] = torch.cat([V, self.beyond(memory.spaces()[name].to(V), V)], 1) if name in found else V
+            found[name] = torch.cat([V, self.beyond(spaces[name].to(V), V)], 1) if name in spaces else V
         return {name: V for name, V in found.items() if V.shape[1]}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:

@@ -40,8 +40,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 P out x r, Q in x r; (2 r + out + in) r).
             directions (pair, optional): in place of a rank, fixed orthonormal P (out, p) and Q (in, q), R = P^T G Q, dW = P step(R) Q^T. Either may be None: that
                 side stays whole, R is held off what the constraint protects there before Adam and after it.
-            transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in) matrix all the
-                same. `param_groups` then shows both as they are for the stored weight, and no `transposed`.
+            transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in)
+                matrix all the same. `param_groups` then shows them as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
                 With both sides, P is what G Q points along.
