@@ -27,8 +27,10 @@ def work_through(
     """Do what is missing of `queue` (the entry `only`, or those whose names hold it), writing `results` after each. extra(entries): what to add to the file."""
     todo = {only: queue[only]} if only in queue else {k: v for k, v in queue.items() if only in k}
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda item: work(*item, runs, results), todo.items()):
-            collect(queue, runs, results, command, extra)
+        for name, _ in zip(todo, pool.map(lambda item: work(*item, runs, results), todo.items()), strict=True):
+            if name in collect(queue, runs, results, command, extra):
+                for weights in (runs / name).rglob("*.safetensors"):  # 2 GB a run; everything the result file is made of stays
+                    weights.unlink()
 
 
 def work(name: str, settings: dict, runs: Path, results: Path) -> int:
@@ -85,8 +87,8 @@ def recorded(queue: Queue, runs: Path, results: Path) -> dict[str, dict]:
     return {name: entry for name, entry in found.items() if entry and entry["config"] == queue[name] and entry.get("code") == CODE}
 
 
-def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callable[[dict], dict] | None = None) -> None:
-    """Every finished run with what it ran on, in one JSON file."""
+def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callable[[dict], dict] | None = None) -> Queue:
+    """Every finished run with what it ran on, in one JSON file; returns the runs in it."""
     entries = recorded(queue, runs, results)
     environment = {"machine": platform.machine(), "cpu": cpu_name(), "threads": 1, "device": "CPU", "bf16_autocast": True}
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -96,6 +98,7 @@ def collect(queue: Queue, runs: Path, results: Path, command: str, extra: Callab
     beside.write_text(json.dumps(content, indent=1))
     beside.replace(results)  # another process of the queue never reads half of it
     print(f"{len(entries)} of {len(queue)} runs -> {results.name}", flush=True)
+    return entries
 
 
 def cpu_name() -> str:
