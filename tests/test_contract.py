@@ -36,7 +36,12 @@ VARIANTS = {
     "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4},
     "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False}, "gorp-paper": {"preset": "paper"},
     "osft": {}, "osft-paper": {"block": "paper"}, "osft-schedule": {"frozen_ratio": "schedule", "tasks": 4},
-    "osft-inputs": {"protect": "inputs"}, "osft-both": {"protect": "both"},
+    "osft-inputs": {"protect": "inputs"}, "osft-both": {"protect": "both"}, "osft-released": {"release_gradients": True},
+    "osft-union": {"remember": "union"}, "osft-union-paper": {"remember": "union", "block": "paper"}, "osft-union-both": {"remember": "union", "protect": "both"},
+    "osft-adaptive": {"frozen_ratio": "adaptive", "target_ratio": 0.5},
+    "osft-adapter": {"form": "adapter"}, "osft-adapter-thin": {"form": "adapter", "thin": True},
+    "osft-adapter-inputs": {"form": "adapter", "protect": "inputs"}, "osft-adapter-both": {"form": "adapter", "protect": "both"},
+    "osft-adapter-union": {"form": "adapter", "remember": "union"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
 every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
@@ -74,7 +79,7 @@ def learn(model, tokenizer, method, memory, steps, seed, rate=1e-3, **optimizer)
         worst = max(worst, opt.update_leak or 0.0)  # None while nothing is protected
     leak = weight_leak(opt, start, steps)
     method.end_task(model, task, memory)
-    return opt, worst, leak
+    return opt, worst, method.merge_leak or leak
 
 
 def some_task() -> Task:
@@ -101,7 +106,7 @@ def test_row_1_no_leak_on_a_model_after_50_steps_with_decay_and_clipping(name, o
     _, update, weights = learn(model, tokenizer, method, memory, 50, seed=1, weight_decay=0.1, max_grad_norm=1.0)
     assert update < (1e-5 if dtype == torch.float32 else 1e-10)
     assert weights["leak"] <= weights["bound"]
-    assert update > 0.0
+    assert update > 0.0 or options.get("thin")  # there nothing is left for an optimizer to get wrong
 
 
 def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
@@ -129,6 +134,7 @@ def test_row_1_fails_for_a_method_that_projects_gradients_only(loaded):
 @every
 def test_row_2_what_a_task_taught_is_in_the_weights_after_a_reload(name, options, small_run, tiny):
     few = "lora" in name or not options.get("use_full_rank", True) or options.get("preset") == "paper" or "full_modules" in options
+    few = few or any(key in options for key in ("remember", "frozen_ratio", "thin"))
     rate = 1e-2 if few else 1e-3  # where few weights learn, they have to go further in 25 steps
     config = small_run(
         {"name": name, **options},
@@ -271,7 +277,7 @@ def test_row_6_parameters_outside_the_groups_stay_bit_identical(name, options, s
     again = copy.deepcopy(base)
     method = get(name, **options)
     groups = method.param_groups(method.begin_task(again, None, Memory()))
-    trained = {re.sub("lora_[AB]$", "weight", n) for g in groups for n in g["names"]}
+    trained = {re.sub("(lora_[AB]|C)$", "weight", n) for g in groups for n in g["names"]}
     moved = {n for (n, a), (_, b) in zip(base.named_parameters(), after.named_parameters(), strict=True) if not torch.equal(a, b)}
     assert moved and moved <= trained
     if name != "seqft" or options:

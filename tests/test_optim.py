@@ -373,7 +373,7 @@ def test_no_leak_after_50_steps_with_decay_and_clipping(weight_decay, kind, refr
     assert worst < (1e-5 if dtype == torch.float32 else 1e-10)
     D = W.detach().double() - start.double()
     assert float(D.norm()) > 1e-3  # it did learn
-    assert c.to(D.device, torch.float64).forbidden_norm(D) <= leak_bound(c, W.detach(), float(D.norm()), 50)
+    assert c.to(D.device, torch.float64).forbidden_norm(D) <= leak_bound({"constraint": c}, W.detach(), float(D.norm()), 50)
 
 
 def test_the_leak_tests_would_fail_without_the_projection_after_adam():

@@ -105,7 +105,7 @@ def stepped(block, *, shapes=SHAPES, **options):
     found = {}
     for name, layer in model.items():
         U, _, Vh = torch.linalg.svd(before[name], full_matrices=False)
-        k = method.frozen(name, min(before[name].shape), 0)
+        k = method.frozen(model, name, min(before[name].shape), Memory())
         found[name] = before[name], layer.weight.detach() - before[name], U[:, :k], Vh[:k].mT
     return found
 
@@ -150,7 +150,7 @@ def test_a_longer_side_stays_whole():
 )
 def test_frozen_ratio(options, k):
     method = get("osft", **options)
-    assert [method.frozen(f"l{i}", 12, 0) for i in range(3)] == k
+    assert [method.frozen(matrices(*SHAPES), f"l{i}", 12, Memory()) for i in range(3)] == k
     assert [V.shape[1] for _, _, _, V in stepped("low_low", **options).values()] == k
 
 
@@ -159,7 +159,7 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
     model, ranks = matrices((12, 12)), []
     for _ in range(6):
         method.begin_task(model, None, memory)
-        ranks.append(method.parts["l0"][0].inputs.shape[1])
+        ranks.append(method.parts["l0"].closed_inputs().shape[1])
         method.end_task(model, None, memory)
     assert ranks == [0, 3, 6, 9, 9, 9]
 
@@ -182,9 +182,17 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
         ({"frozen_ratio": {"l0": 0.5}}, "no pattern that matches l1"),
         ({"target_modules": ["l9"]}, "matches no linear layer"),
         ({"protect": "inputs", "frozen_ratio": 0.5}, "mean nothing"),
-        ({"protect_energy": 0.5}, "mean nothing"),
+        ({"protect_energy": 0.5}, "means nothing"),
+        ({"max_share": 0.5}, "means nothing"),
+        ({"min_ratio": 0.5}, "adaptive only"),
+        ({"remember": "union", "protect": "inputs"}, "mean nothing"),
+        ({"form": "adapter", "block": "paper"}, "no form: adapter"),
+        ({"thin": True}, "form: adapter only"),
+        ({"release_gradients": True, "form": "adapter"}, "needs fixed coordinates"),
+        ({"release_gradients": True, "block": "paper"}, "needs fixed coordinates"),
+        ({"remember": "union", "max_share": 0.3}, "leaves no room"),
         ({"protect": "both", "block": "paper"}, "block: paper leaves"),
-        ({"protect": "both", "frozen_ratio": 11, "max_share": 0.5}, "no room for inputs"),
+        ({"protect": "both", "frozen_ratio": 11, "max_share": 0.5}, "leaves no room"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -224,11 +232,12 @@ def test_weights_and_inputs_together_never_close_everything():
     V = torch.linalg.svd(W).Vh.mT
     energy = torch.tensor([5.0, 9.0, 1.0, 3.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     S = Subspace(torch.stack([V[:, i] for i in (0, 1, 7, 8, 9, 10, 11)], 1), energy)  # the first two are closed already
-    constraint, (U_low, V_low) = method.part(W, 6, S)
-    assert constraint.inputs.shape[1] == 9 and V_low.shape[1] == 3 and U_low.shape[1] == 6
-    for i, closed in ((8, True), (10, True), (11, True), (7, False), (9, False)):
-        assert float((constraint.inputs.mT @ V[:, i]).norm()) == pytest.approx(float(closed), abs=1e-10)
-    assert float((constraint.inputs.mT @ V_low).norm()) < 1e-12
+    part = method.part(W, 6, S=S)
+    closed, (U_low, V_low) = part.closed_inputs(), part.directions
+    assert closed.shape[1] == 9 and V_low.shape[1] == 3 and U_low.shape[1] == 6
+    for i, inside in ((8, 1), (10, 1), (11, 1), (7, 0), (9, 0)):
+        assert float((closed.mT @ V[:, i]).norm()) == pytest.approx(inside, abs=1e-10)
+    assert float((closed.mT @ V_low).norm()) < 1e-12
 
 
 def test_spaces_of_inputs_grow_from_task_to_task_within_their_bound(small_run, caplog):
@@ -246,3 +255,265 @@ def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_pa
     assert json.loads(timing[-1])["update_leak"] < 1e-5  # measured: something was closed in the first task
     with pytest.raises(ConfigError, match="protect: inputs"):
         fl.run(config | {"method": {"name": "osft"}, "output_dir": str(tmp_path / "other")})
+
+
+# -- forms ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(steps=12, rounds=2, micro=1, shapes=SHAPES, **options):
+    """The model after so many tasks of so many steps on a regression, its leaks, and the method and memory that made it."""
+    model, memory, leaks = Chain(shapes), Memory(), []
+    method = get("osft", **options)
+    for task in range(rounds):
+        method.begin_task(model, None, memory)
+        optimizer = SubspaceAdamW(method.param_groups(model), lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+        for step in range(steps):
+            optimizer.zero_grad()
+            for part in range(micro):
+                g = torch.Generator().manual_seed(1000 * task + 10 * step + part)
+                x, y = (torch.randn(16, n, generator=g, dtype=torch.float64) for n in (shapes[0][1], shapes[-1][0]))
+                ((model(x) - y) ** 2).mean().div(micro).backward()
+            optimizer.step()
+        method.end_task(model, None, memory)
+        leaks.append(method.merge_leak)
+    return model, leaks, method, memory
+
+
+class Chain(torch.nn.Module):
+    """Linear layers of these (out, in) shapes one after another, in fp64."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.l = matrices(*shapes)
+
+    def forward(self, x):
+        for layer in self.l.values():
+            x = torch.tanh(layer(x))
+        return x
+
+
+FITTING = ((20, 12), (12, 20), (12, 12))  # tall, wide, square: each takes what the one before gives
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen_ratio": 3}, {"frozen_ratio": "schedule", "tasks": 3}, {"remember": "union"}], ids=str)
+def test_both_forms_take_the_same_steps(options):
+    """With weight decay and clipping, over two tasks: the adapter is W's change written in the coordinates."""
+    one, none, *_ = trained(shapes=FITTING, **options)
+    two, leaks, *_ = trained(shapes=FITTING, form="adapter", **options)
+    start = Chain(FITTING)
+    for (name, a), b, w in zip(one.state_dict().items(), two.state_dict().values(), start.state_dict().values(), strict=True):
+        assert (a - w).norm() > 0.05 * w.norm(), name
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    assert none == [None, None] and all(e is None or e["leak"] <= e["bound"] for e in leaks) and leaks[1]["leak"] > 0
+
+
+def test_an_adapter_is_off_the_model_after_its_task_and_what_it_learned_is_in_the_weights():
+    model, *_ = trained(rounds=1, form="adapter")
+    assert [type(layer) for layer in model.l.values()] == [torch.nn.Linear] * 3 and all(p.requires_grad for p in model.parameters())
+    assert not torch.equal(model.l["l0"].weight, Chain(SHAPES).l["l0"].weight)
+
+
+def test_an_adapter_forms_no_gradient_of_the_weight_and_keeps_small_state():
+    model, method = Chain(((12, 12),)), get("osft", form="adapter", frozen_ratio=0.75)
+    method.begin_task(model, None, Memory())
+    optimizer = SubspaceAdamW(method.param_groups(model), lr=1e-2)
+    model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    layer = model.l["l0"]
+    assert layer.base_layer.weight.grad is None and layer.C.shape == layer.C.grad.shape == (3, 3)
+    assert optimizer.state_bytes() == 2 * 9 * 8 + 4
+
+
+def test_thin_keeps_the_change_within_the_singular_directions():
+    for shape in ((20, 12), (12, 20)):
+        start = Chain((shape,)).l["l0"].weight.detach()
+        U, _, Vh = torch.linalg.svd(start, full_matrices=False)
+        whole, thin = (
+            trained(rounds=1, shapes=(shape,), form="adapter", **options)[0].l["l0"].weight.detach() - start for options in ({}, {"thin": True})
+        )
+        outside = [(D - U @ (U.mT @ D @ Vh.mT) @ Vh).norm() / D.norm() for D in (whole, thin)]
+        assert outside[0] > 0.3 and outside[1] < 1e-10
+        assert max((U[:, :6].mT @ thin).norm(), (thin @ Vh[:6].mT).norm()) < 1e-10 * thin.norm()
+
+
+# -- gradients let go ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_released_gradients_give_the_same_steps(micro):
+    kept, released = (trained(shapes=FITTING, micro=micro, release_gradients=r)[0].state_dict() for r in (False, True))
+    for a, b in zip(kept.values(), released.values(), strict=True):
+        torch.testing.assert_close(a, b, atol=0 if micro == 1 else 1e-12, rtol=0)
+
+
+def test_a_released_gradient_is_gone_before_the_next_one_is_there():
+    shapes = ((12, 12),) * 4
+    model, method = Chain(shapes), get("osft", release_gradients=True)
+    method.begin_task(model, None, Memory())
+    optimizer, alive = SubspaceAdamW(method.param_groups(model), lr=1e-2), []
+    for p in model.parameters():  # after the optimizer's own hooks, which come first
+        p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in model.parameters())))
+    model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    assert alive == [0, 0, 0, 0]
+    before = model.l["l0"].weight.detach().clone()
+    optimizer.zero_grad()  # also what has been read of them
+    optimizer.step()
+    assert torch.equal(before, model.l["l0"].weight)
+    del optimizer
+    model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())  # the hooks ended with it
+
+
+def test_gradients_are_released_in_fixed_coordinates_only():
+    with pytest.raises(ValueError, match="release=True needs directions"):
+        SubspaceAdamW([{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "rank": 2, "release": True}])
+
+
+# -- what is remembered of the weights -------------------------------------------------------------------------------------------------------
+
+
+def test_union_closes_what_earlier_tasks_had_closed_and_spectrum_does_not():
+    """After the first task the weights are replaced by others: a fresh decomposition knows nothing of what was there."""
+    shape, leak = ((12, 12),), {}
+    for remember in ("spectrum", "union"):
+        options = {"frozen_ratio": 4, "remember": remember}
+        model, method, memory = Chain(shape), get("osft", **options), Memory()
+        layer = model.l["l0"]
+        first = torch.linalg.svd(layer.weight.detach())
+        method.begin_task(model, None, memory)
+        method.end_task(model, None, memory)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(12, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+        start, second = layer.weight.detach().clone(), torch.linalg.svd(layer.weight.detach())
+        method.begin_task(model, None, memory)
+        optimizer = SubspaceAdamW(method.param_groups(model), lr=1e-2)
+        layer.weight.grad = torch.randn(12, 12, dtype=torch.float64)
+        optimizer.step()
+        D = layer.weight.detach() - start
+        assert max((second.U[:, :4].mT @ D).norm(), (D @ second.Vh[:4].mT).norm()) < 1e-12 * D.norm()
+        leak[remember] = float(max((first.U[:, :4].mT @ D).norm(), (D @ first.Vh[:4].mT).norm()) / D.norm())
+    assert leak["union"] < 1e-12 and leak["spectrum"] > 0.3
+
+
+@pytest.mark.parametrize("block", ["low_low", "paper"])
+def test_union_is_capped_and_gives_up_what_has_least_energy(block):
+    model, method, memory = Chain(FITTING), get("osft", frozen_ratio=0.5, remember="union", max_share=0.6, block=block), Memory()
+    for task in range(4):
+        for layer in model.l.values():
+            torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(task))
+        method.begin_task(model, None, memory)
+        method.end_task(model, None, memory)
+    for kind, sides in (("outputs", (20, 12, 12)), ("inputs", (12, 20, 12))):
+        spaces = memory.spaces(kind)
+        for space, side in zip(spaces.values(), sides, strict=True):
+            assert space.rank == int(0.6 * side)
+            assert float((space.basis.mT @ space.basis - torch.eye(space.rank, dtype=torch.float64)).abs().max()) < 1e-10
+    method = get("osft", remember="union", frozen_ratio=2, max_share=0.5)  # of the five earlier directions two have room: the strongest
+    W = torch.diag(torch.arange(8.0, 0, -1, dtype=torch.float64))
+    known = Subspace(torch.eye(8, dtype=torch.float64)[:, [0, 3, 4, 5, 6]], torch.tensor([9.0, 1.0, 3.0, 2.0, 0.5], dtype=torch.float64))
+    part = method.part(W, 2, known, known)
+    closed = part.closed_inputs()
+    assert closed.shape[1] == 4 and float((closed.mT @ torch.eye(8, dtype=torch.float64)[:, [0, 1, 4, 5]]).norm()) == pytest.approx(2)
+    total = float((W**2).sum())
+    assert part.closed[1].energy[0] == pytest.approx(64 / total + 9)  # what it holds of this weight, beside what it held
+
+
+def test_without_earlier_tasks_union_and_spectrum_are_the_same():
+    for a, b in zip(*(trained(rounds=1, remember=r)[0].state_dict().values() for r in ("spectrum", "union")), strict=True):
+        assert torch.equal(a, b)
+
+
+# -- a share by importance -------------------------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_closes_more_of_what_leaves_its_inputs_as_they_are():
+    method = get("osft", frozen_ratio="adaptive", min_ratio=0.1, target_ratio=0.6)
+    memory = Memory()
+    assert method.adaptive("a", memory) == pytest.approx(0.6)  # nothing measured: every block as the mean one
+    memory.info["importance"] = {"a": 0.9, "b": 0.6, "c": -0.3, "d": 2.8}
+    assert [method.adaptive(b, memory) for b in "abcd"] == pytest.approx([0.1 + 0.9 * 0.5, 0.1 + 0.6 * 0.5, 0.1, 0.95])
+    assert method.adaptive(None, memory) == pytest.approx(0.6)  # in no block
+
+
+def test_importance_is_measured_on_the_task_just_learned(small_run, tmp_path):
+    from forgetless.importance import block_importance, block_of
+
+    config = small_run({"name": "osft", "frozen_ratio": "adaptive"}, tasks=("colour", "animal"))
+    path = fl.run(config).path / "tasks"
+    info = load_memory(path / "00-colour" / "state").info["importance"]
+    model, tokenizer = models.load(str(path / "00-colour" / "model"))
+    names = list(linear_modules(model))
+    assert {block_of(model, name) for name in names} == set(info) == {f"model.layers.{i}" for i in range(len(model.model.layers))}
+    text = "cat red"
+    x = tokenizer(text, return_tensors="pt")
+    hidden = model(**x, output_hidden_states=True).hidden_states  # the last one is after the final norm
+    found = block_importance(model, names, [x.input_ids[0].tolist()])
+    assert found["model.layers.0"] == pytest.approx(torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).mean().item(), abs=1e-5)
+    closed = [json.loads((path / task / "metrics.json").read_text())["protection"]["space"]["rank_mean"] for task in ("00-colour", "01-animal")]
+    sizes = [min(layer.weight.shape) for layer in linear_modules(model).values()]
+    assert closed[0] == sum(int(0.8 * size) for size in sizes) / len(sizes)  # as for mean importance: none was known
+    mean = sum(info.values()) / len(info)
+    later = {name: int((0.1 + info[block_of(model, name)] / mean * 0.7) * min(layer.weight.shape)) for name, layer in linear_modules(model).items()}
+    assert closed[1] == sum(later.values()) / len(later) and len(set(later.values())) > 2
+
+
+# -- the decomposition's cache -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decomposition_is_found_again_by_its_weights_and_by_nothing_else(tmp_path, caplog, monkeypatch):
+    from forgetless import decomposition
+
+    made, split = [], decomposition.split
+    monkeypatch.setattr(decomposition, "split", lambda W, k: made.append(k) or split(W, k))
+    for shape in SHAPES:
+        W = matrices(shape)["l0"].weight.detach()
+        one, two = (decomposition.cached_split(W, 6, tmp_path) for _ in range(2))
+        assert made == [6] and all(a is b is None or torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        decomposition.cached_split(W, 5, tmp_path)
+        decomposition.cached_split(W * 1.01, 6, tmp_path)
+        assert made == [6, 5, 6] and not caplog.records
+        # another weight's file under this one's name, and one that is cut short
+        path = tmp_path / f"{decomposition.fingerprint(W, 6)}.safetensors"
+        content = path.read_bytes()
+        stranger = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=W.dtype)
+        decomposition.cached_split(stranger, 6, tmp_path)
+        for bad, says in (
+            ((tmp_path / f"{decomposition.fingerprint(stranger, 6)}.safetensors").read_bytes(), "of other weights"),
+            (content[:-50], "cannot be read"),
+        ):
+            path.write_bytes(bad)
+            again = decomposition.cached_split(W, 6, tmp_path)
+            assert says in caplog.text and all(a is b is None or torch.equal(a, b) for a, b in zip(one, again, strict=True))
+            assert path.read_bytes() == content
+            caplog.clear()
+        made.clear()
+
+
+def test_a_resumed_task_does_not_decompose_again(small_run, monkeypatch):
+    from forgetless import decomposition
+
+    made, split = [], decomposition.split
+    monkeypatch.setattr(decomposition, "split", lambda W, k: made.append(k) or split(W, k))
+    config = small_run("osft", tasks=("colour",), checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("forgetless.trainer.answer_loss", killed_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            fl.run(config)
+    first = len(made)
+    path = fl.run(config).path
+    assert first > 0 and len(made) == first
+    assert not list(path.rglob("scratch"))  # it went with the commit
+
+
+def killed_at(call):
+    import forgetless.trainer as trainer
+
+    calls, real = [], trainer.answer_loss
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    return counted

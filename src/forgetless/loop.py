@@ -92,6 +92,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
 
         # prepare (or go on from a checkpoint), train, consolidate
         checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, config, task, index, memory))
+        method.scratch = checkpoints.folder / "scratch" if config.checkpoint_every else None
         if checkpoints.step:
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
             model = method.resume_task(model, task, memory, checkpoints.method_state())
@@ -105,6 +106,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
         gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
         model = method.end_task(model, task, memory)
+        leak = method.merge_leak or leak
         trained_at = time.perf_counter()
 
         # evaluate: one row of the matrix, and what has become of the inputs of earlier tasks

@@ -71,6 +71,11 @@ def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
     return A if once else A.addmm_(A @ V, V.mT, alpha=-1)
 
 
+def complement(V: Tensor) -> Tensor:
+    """Orthonormal basis (n, n - k) of all that is orthogonal to V (n, k), orthonormal."""
+    return torch.linalg.qr(V, mode="complete")[0][:, V.shape[1] :].contiguous()
+
+
 def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
     """Orthonormal basis (n, k') of span(A) within the complement of `against`; A (n, k), against (n, b) orthonormal.
 
@@ -226,6 +231,16 @@ def spectrum(W: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     Q = Q * torch.where(T.diagonal() < 0, -1, 1)
     U, V = (Q, E) if tall else (E, Q)
     return U[:, order].to(W.dtype).contiguous(), S.to(W.dtype), V[:, order].to(W.dtype).contiguous()
+
+
+def split(W: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    U, _, V = spectrum(W)
+    return (
+        U[:, :k].contiguous(),
+        U[:, k:].contiguous() if len(U) == U.shape[1] else None,
+        V[:, :k].contiguous(),
+        V[:, k:].contiguous() if len(V) == V.shape[1] else None,
+    )
 
 
 def without_lowest(W: Tensor, count: int) -> tuple[Tensor, float]:

@@ -21,7 +21,7 @@ from .batches import Collate, Encoded, answer_loss
 from .checkpoint import Checkpoints
 from .errors import ConfigError, Diverged, nearest
 from .methods.base import Method
-from .optim import SubspaceAdamW
+from .optim import SubspaceAdamW, coordinates
 from .progress import Progress
 from .tasks import Task
 
@@ -121,7 +121,7 @@ def train_task(
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
         optimizer = prepare(model, method, args, seed, precision)
-        start = {p: p.detach().clone() for g in optimizer.param_groups if (c := g.get("constraint")) is not None and not c.empty for p in g["params"]}
+        start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
         if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):
             raise ConfigError(f"task '{task.name}': {len(data)} rows make no whole batch of {batch}, and train.dataloader_drop_last drops the rest")

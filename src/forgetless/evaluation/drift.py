@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..batches import Collate, forward
 from ..models import linear_modules, logical
+from ..optim import coordinates
 from ..subspace import coverage
 from ..tasks import Task
 
@@ -90,26 +91,32 @@ def weight_leak(optimizer: torch.optim.Optimizer, start: dict[Tensor, Tensor], s
     """
     worst = None
     for group in optimizer.param_groups:
-        constraint = group.get("constraint")
-        if constraint is None or constraint.empty:
+        if not coordinates.protects(group):
             continue
         for p in group["params"]:
-            W = optimizer.state.get(p, {}).get("master", p.detach())
-            D = W.double() - start[p].double()
-            size = float(D.norm())
-            if size == 0:
-                continue
-            bound = leak_bound(constraint, W, size, steps)
-            part = constraint.to(D.device, torch.float64).forbidden_norm(D)
-            entry = {"leak": part / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
-            if worst is None or entry["leak"] / entry["bound"] > worst["leak"] / worst["bound"]:
-                worst = entry
+            worst = worse(worst, leak_of(group, optimizer.state.get(p, {}).get("master", p.detach()), start[p], steps))
     return worst
 
 
-def leak_bound(constraint: Any, W: Tensor, size: float, steps: int) -> float:
-    """The largest ||forbidden part|| that round-off explains after `steps` steps that moved W (out, in) by `size`."""
-    shares = [V.shape[1] / V.shape[0] for V in (constraint.inputs, constraint.outputs) if V is not None]
-    share = min(1.0, sum(shares)) if shares else 1.0
+def leak_of(group: dict[str, Any], W: Tensor, start: Tensor, steps: int) -> dict[str, Any] | None:
+    """{"leak", "bound", "name"} of one weight of a parameter group, as weight_leak has them; None where it has not moved."""
+    D = W.double() - start.double()
+    size = float(D.norm())
+    if size == 0:
+        return None
+    bound = leak_bound(group, W, size, steps)
+    return {"leak": coordinates.forbidden_norm(group, D) / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
+
+
+def worse(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of two leaks the one that is nearer to its bound, or farther beyond it."""
+    if one is None or other is None:
+        return other or one
+    return other if other["leak"] / other["bound"] > one["leak"] / one["bound"] else one
+
+
+def leak_bound(group: dict[str, Any], W: Tensor, size: float, steps: int) -> float:
+    """The largest ||forbidden part|| that round-off explains after `steps` steps that moved W, of the parameter group `group`, by `size`."""
+    share = coordinates.closed_share(group, W.shape)
     relative, unit = (1e-10, 2.0**-53) if W.dtype == torch.float64 else (1e-5, 2.0**-24)
     return relative * size + unit * math.sqrt(steps * share) * float(W.double().norm())

@@ -8,6 +8,7 @@ A task that goes on from a checkpoint has resume_task in place of begin_task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,14 +30,16 @@ class Memory:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
-    def spaces(self) -> dict[str, Subspace]:
-        """Module -> its protected space, as `keep` has put it there."""
-        names = [key.removesuffix(".basis") for key in self.tensors if key.endswith(".basis")]
-        return {name: Subspace(self.tensors[f"{name}.basis"], self.tensors[f"{name}.energy"]) for name in names}
+    def spaces(self, kind: str = "") -> dict[str, Subspace]:
+        """Module -> its protected space, as `keep` has put it there. kind: for a method that keeps more than one a module."""
+        ending = f"{'@' if kind else ''}{kind}.basis"
+        names = [key.removesuffix(ending) for key in self.tensors if key.endswith(ending) and ("@" in key) == bool(kind)]
+        return {name: Subspace(self.tensors[name + ending], self.tensors[name + ending.replace(".basis", ".energy")]) for name in names}
 
-    def keep(self, spaces: dict[str, Subspace]) -> None:
+    def keep(self, spaces: dict[str, Subspace], kind: str = "") -> None:
         for name, space in spaces.items():
-            self.tensors[f"{name}.basis"], self.tensors[f"{name}.energy"] = space.basis, space.energy
+            place = f"{name}@{kind}" if kind else name
+            self.tensors[f"{place}.basis"], self.tensors[f"{place}.energy"] = space.basis, space.energy
 
 
 class Options(BaseModel):
@@ -56,6 +59,12 @@ class Method:
 
     Options: type[Options] = Options
     tokenizer: Any = None  # of the run, set by the loop before the first hook, for methods that read a task's rows themselves
+    scratch: Path | None = (
+        None  # likewise: a folder for what the task in progress would rather not compute again; gone with the commit, None where nothing is kept
+    )
+    merge_leak: dict[str, Any] | None = (
+        None  # set by end_task of a method that trains beside the weights and adds the result to them: as weight_leak gives it
+    )
     progress: Progress = Progress()  # likewise: stage and advance for what takes long; silent where nobody has set one
 
     def __init__(self, **options: Any):
@@ -68,7 +77,7 @@ class Method:
         key = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
             return f"unknown option '{key}'{nearest(key, self.Options.model_fields)}"
-        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}"
 
     def check(self, model: nn.Module) -> None:
         """Before anything begins, on the plain model: raise ConfigError where the options match no module."""

@@ -5,13 +5,18 @@ Before each task every target matrix W (out x in) = U diag(S) V^T is decomposed;
     block: low_low   dW = (I - U_h U_h^T) dW (I - V_h V_h^T)      neither side of dW touches a closed direction: what every implementation does, and the stricter
     block: paper     dW = dW - U_h U_h^T dW V_h V_h^T             only the block closed on both sides is closed, as the paper's equation has it
 
-low_low learns in coordinates: R = U_l^T G V_l, Adam on R, dW = -lr U_l step(R) V_l^T, with the n - k other directions U_l, V_l. W stays a plain parameter, nothing is
-added to a forward pass. Of a matrix that is not square the longer side stays whole, and is projected after Adam, so that no permitted direction is lost.
+low_low learns in coordinates of what is open, U_l and V_l: dW = U_l C V_l^T.
+
+    form: coordinates    C = sum of Adam's steps on R = U_l^T G V_l, added to W step by step: W stays a plain parameter, nothing is added to a forward pass
+    form: adapter        y = W x + U_l C V_l^T x with W frozen, merged at the end of the task: G, as large as W, is never formed
+
+Both take the same steps. Of a matrix that is not square the longer side stays whole, and is projected after Adam, so that no permitted direction is lost.
 
     protect: inputs  dW = D (I - S S^T)                           S: the leading directions of the layer's inputs on learned tasks, and on protect_from's prompts
     protect: both    low_low, with S among the closed inputs
 
-All of them hold for the update that is applied, not only for the gradient. The weights are decomposed anew for each task; S grows from task to task.
+All of them hold for the update that is applied, not only for the gradient. The weights are decomposed anew for each task, and with remember: union what was closed for
+earlier tasks stays closed beside it, as far as there is room; S grows from task to task.
 
 When not to use it: protect: weights, where the small singular directions of the model at hand are not free, as is the rule for small models: a spectrum knows
 nothing of the data.
@@ -20,36 +25,55 @@ nothing of the data.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor, nn
 
+from .. import distributed
+from ..decomposition import cached_split
 from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
-from ..subspace import Constraint, Subspace, orthonormalize, project_out, spectrum, tolerance, top_subspace, working_dtype
+from ..subspace import Constraint, Subspace, complement, orthonormalize, project_out, tolerance, top_subspace, working_dtype
+from ..subspace_linear import SubspaceLinear, attach, attached
 from ..tasks import sample
 from .base import Memory, Method, Options
 
 Ratio = StrictInt | StrictFloat
 ROWS = 200  # of a task's training rows, whose inputs stand for it
+KINDS = ("outputs", "inputs")  # of the spaces that remember: union keeps
+MOST = 0.95  # the largest share that frozen_ratio: adaptive may close
 
 
 class OSFTOptions(Options):
     block: Literal["low_low", "paper"] = "low_low"
     """Where dW must not go: low_low closes each side of its own, paper the block of both sides only."""
-    frozen_ratio: Ratio | Literal["schedule"] | dict[str, Ratio] = 0.5
+    form: Literal["coordinates", "adapter"] = "coordinates"
+    """How low_low is trained: W itself, with Adam in coordinates; or a frozen W with U_l C V_l^T beside it, merged at the end of the task."""
+    thin: bool = False
+    """With form: adapter, keep C of a matrix that is not square within its singular directions: smaller, and the rest of the longer side cannot learn."""
+    release_gradients: bool = False
+    """With form: coordinates and block: low_low, let each gradient go as soon as it is read in coordinates: no two whole ones in memory; each micro-batch costs two products."""
+    frozen_ratio: Ratio | Literal["schedule", "adaptive"] | dict[str, Ratio] = 0.5
     """k of each matrix: a share of its min(out, in) singular directions in [0, 1), a number of directions (1 or more), "schedule" ((i - 1) / tasks before the
-    i-th task), or {regex over whole dotted names: share or number}, the first that matches."""
+    i-th task), "adaptive" (by how much a block changes its inputs), or {regex over whole dotted names: share or number}, the first that matches."""
     tasks: int | None = Field(None, ge=1)
     """With frozen_ratio: schedule, how many tasks there will be. Later ones keep the last share."""
+    min_ratio: float = Field(0.1, ge=0, lt=1)
+    """With frozen_ratio: adaptive, the share for a block of no importance (the paper's mrr), and the least there is."""
+    target_ratio: float = Field(0.8, ge=0, lt=1)
+    """With frozen_ratio: adaptive, the share for a block of mean importance (the paper's trr), and of every block while none has been measured."""
+    remember: Literal["spectrum", "union"] = "spectrum"
+    """What of the weights is closed: the leading directions as they are now, or beside them those closed for earlier tasks, strongest first."""
     protect: Literal["weights", "inputs", "both"] = "weights"
     """What is closed: the weights' leading directions, those of the layers' inputs on the tasks learned so far, or both."""
     protect_energy: float = Field(0.9, gt=0, le=1)
     """With inputs or both: the share of a task's input energy, and of protect_from's prompts', that is closed after it."""
     max_share: float = Field(0.75, gt=0, lt=1)
-    """With inputs or both: the largest share of a layer's input directions that may be closed; beyond it inputs of least energy are given up."""
+    """With inputs, both or union: the largest share of a side's directions that may be closed; beyond it what has least energy is given up."""
     target_modules: str | list[str] | None = None
     """Linear layers that learn: a regex over whole dotted names, or a list of ends of names; absent: all but the head. Everything else is frozen."""
 
@@ -66,18 +90,45 @@ class OSFTOptions(Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{where}: no regular expression ({error})") from None
+        given = self.model_fields_set
         if (self.frozen_ratio == "schedule") != (self.tasks is not None):
             raise ValueError("frozen_ratio: schedule goes with tasks: N, how many tasks there will be; neither means anything without the other")
-        given = self.model_fields_set
-        if self.protect == "inputs" and given & {"frozen_ratio", "block"}:
+        if self.frozen_ratio != "adaptive" and given & {"min_ratio", "target_ratio"}:
+            raise ValueError("min_ratio and target_ratio mean something with frozen_ratio: adaptive only")
+        if self.protect == "inputs" and given & {"frozen_ratio", "block", "remember"}:
             raise ValueError(
-                "protect: inputs closes nothing of the weights' spectrum, so block and frozen_ratio mean nothing; take them out, or use protect: both"
+                "protect: inputs closes nothing of the weights' spectrum, so block, frozen_ratio and remember mean nothing; take them out, or use protect: both"
             )
-        if self.protect == "weights" and given & {"protect_energy", "max_share"}:
-            raise ValueError("protect: weights looks at no inputs, so protect_energy and max_share mean nothing; take them out, or use protect: both")
+        if self.protect == "weights" and "protect_energy" in given:
+            raise ValueError("protect: weights looks at no inputs, so protect_energy means nothing; take it out, or use protect: both")
+        if self.protect == "weights" and self.remember == "spectrum" and "max_share" in given:
+            raise ValueError("protect: weights with remember: spectrum closes frozen_ratio and nothing more, so max_share means nothing; take it out")
         if self.protect == "both" and self.block == "paper":
             raise ValueError("block: paper leaves closed inputs open to some outputs, which protect: both does not; use low_low, or protect: weights")
+        if self.form == "adapter" and self.block == "paper":
+            raise ValueError("block: paper permits updates that no product U_l C V_l^T holds, so it has no form: adapter; use form: coordinates")
+        if self.thin and self.form != "adapter":
+            raise ValueError("thin: true means something with form: adapter only")
+        if self.release_gradients and (self.form == "adapter" or self.block == "paper" or self.protect == "inputs"):
+            raise ValueError("release_gradients needs fixed coordinates: form: coordinates, block: low_low and protect: weights or both")
         return self
+
+
+@dataclass
+class Part:
+    """Of one matrix: what is closed, as bases or as all outside the directions that learn (coordinates.py), and, where it is remembered, with its energy."""
+
+    constraint: Constraint
+    directions: tuple[Tensor | None, Tensor | None] | None
+    closed: tuple[Subspace, Subspace] | None  # of the outputs and the inputs
+
+    def closed_inputs(self) -> Tensor:
+        """Basis (in, b) of the inputs whose outputs stay as they are."""
+        if self.directions is not None and self.directions[1] is not None:
+            return complement(self.directions[1])
+        V = self.constraint.inputs
+        assert V is not None
+        return V
 
 
 class OSFT(Method):
@@ -89,55 +140,103 @@ class OSFT(Method):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.parts: dict[
-            str, tuple[Constraint, tuple[Tensor | None, Tensor | None] | None]
-        ] = {}  # module -> what is closed, the directions that learn
+        self.parts: dict[str, Part] = {}
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
-        o, room = self.options, 0
+        o, room, last = self.options, 0, Memory(info={"tasks": (self.options.tasks or 1) - 1})
         for name, layer in self.layers(model).items():
             W = logical(layer.weight, layer)
-            room = max(room, int(o.max_share * W.shape[1]) - self.frozen(name, min(W.shape), (o.tasks or 1) - 1))
-        if o.protect == "both" and room < 1:
+            if not W.is_floating_point():
+                raise ConfigError(
+                    f"method osft: the weight of {name} is quantised ({W.dtype}) and cannot be decomposed or changed; load the model unquantised"
+                )
+            room = max(room, int(o.max_share * W.shape[1]) - (0 if o.protect == "inputs" else self.frozen(model, name, min(W.shape), last)))
+        if (o.protect == "both" or o.remember == "union") and room < 1:
             raise ConfigError(
-                f"method osft: beside frozen_ratio, max_share {o.max_share:g} leaves no room for inputs in any layer; raise it, or use protect: weights"
+                f"method osft: beside frozen_ratio, max_share {o.max_share:g} leaves no room in any layer for what else is to be closed; raise it"
             )
+        if o.release_gradients and distributed.world_size() > 1:
+            raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
-        self.prepare(model, memory)
-        return model
+        return self.build(model, memory)
 
     def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
-        self.prepare(model, memory)  # the weights of the last commit, with which the task began
+        return self.build(model, memory)  # all of it follows from the last commit, with which the task began
+
+    def build(self, model: nn.Module, memory: Memory) -> nn.Module:
+        self.prepare(model, memory)
+        if self.options.form == "adapter":
+            for name, layer in self.layers(model).items():
+                attach(model, name, SubspaceLinear(layer, *(self.parts[name].directions or (None, None))))
         return model
 
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
+        o = self.options
+        self.merge(model)
         memory.info["tasks"] = memory.info.get("tasks", 0) + 1
-        if self.options.protect != "weights":
+        for kind, side in zip(KINDS, (0, 1), strict=True) if o.remember == "union" else ():
+            memory.keep({name: part.closed[side].to("cpu") for name, part in self.parts.items() if part.closed}, kind)
+        if o.protect != "weights" or o.frozen_ratio == "adaptive":
             rows = sample(task.train, ROWS, seed=0)
-            self.progress.stage(f"{task.name}: the layers' inputs", len(rows))
-            self.protect(model, [task.encode(self.tokenizer, row)["input_ids"] for row in rows], memory, self.progress.advance)
+            self.look(model, [task.encode(self.tokenizer, row)["input_ids"] for row in rows], memory, task.name)
         return model
 
     def protect(self, model: nn.Module, prompts: list[list[int]], memory: Memory, advance: Any = None) -> None:
+        if self.options.protect == "weights" and self.options.frozen_ratio != "adaptive":
+            raise ConfigError("protect_from: method osft looks at inputs with protect: inputs, protect: both or frozen_ratio: adaptive only")
+        self.look(model, prompts, memory, "protect_from")
+
+    def look(self, model: nn.Module, prompts: list[list[int]], memory: Memory, source: str) -> None:
+        """What is to be measured on the inputs `prompts`: their spaces, and how important each block is to them."""
+        from ..importance import block_importance
         from ..protect import input_spaces
 
-        o = self.options
-        if o.protect == "weights":
-            raise ConfigError("protect_from: method osft looks at inputs with protect: inputs or protect: both only")
-        layers = self.layers(model)
-        memory.keep(input_spaces(model, layers, prompts, o.protect_energy, max_share=o.max_share, known=memory.spaces(), advance=advance))
+        o, layers = self.options, self.layers(model)
+        if o.protect != "weights":
+            self.progress.stage(f"{source}: the layers' inputs", len(prompts))
+            memory.keep(
+                input_spaces(model, layers, prompts, o.protect_energy, max_share=o.max_share, known=memory.spaces(), advance=self.progress.advance)
+            )
+        if o.frozen_ratio == "adaptive":
+            self.progress.stage(f"{source}: the blocks' importance", len(prompts))
+            found = memory.info["importance"] = block_importance(model, layers, prompts, self.progress.advance)
+            shares = [self.adaptive(block, memory) for block in found]
+            self.progress.say(
+                f"{source}: cosine of a block's input and output {min(found.values()):.3f} to {max(found.values()):.3f}; closed next: {min(shares):.1%} to {max(shares):.1%}"
+            )
+
+    @torch.no_grad()
+    def merge(self, model: nn.Module) -> None:
+        """Every adapter into its weight; how far what was merged lies in what is closed becomes `merge_leak`, as weight_leak has it."""
+        from ..evaluation.drift import leak_of, worse
+
+        worst = None
+        for name, layer in attached(model).items():
+            W = logical(layer.base_layer.weight, layer.base_layer).to(layer.C.dtype, copy=True)
+            part, merged = self.parts.get(name), W + layer.delta()
+            attach(model, name, layer.merge())
+            if part is not None:
+                group = {"constraint": part.constraint, "directions": part.directions, "names": [f"{name}.weight"]}
+                worst = worse(worst, leak_of(group, merged, W, 1))
+        self.merge_leak = worst
+
+    # -- what is closed --------------------------------------------------------------------------------------------------------------
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         return match_modules(model, self.options.target_modules, "method.target_modules")
 
-    def frozen(self, name: str, directions: int, index: int) -> int:
-        """k of a module with so many singular directions, before the task of this index (from 0). Raises ConfigError where nothing would be left, or nothing is said."""
+    def frozen(self, model: nn.Module, name: str, directions: int, memory: Memory) -> int:
+        """k of a module with so many singular directions. Raises ConfigError where nothing would be left, or nothing is said."""
+        from ..importance import block_of
+
         ratio: Any = self.options.frozen_ratio
         if ratio == "schedule":
-            ratio = min(index, self.options.tasks - 1) / self.options.tasks
+            ratio = min(memory.info.get("tasks", 0), self.options.tasks - 1) / self.options.tasks
+        elif ratio == "adaptive":
+            ratio = self.adaptive(block_of(model, name), memory)
         elif isinstance(ratio, dict):
             found = [r for pattern, r in ratio.items() if re.fullmatch(pattern, name)]
             if not found:
@@ -150,51 +249,83 @@ class OSFT(Method):
             raise ConfigError(f"method osft: frozen_ratio closes {k} directions of {name}, which has {directions}; nothing would be left to train")
         return k
 
+    def adaptive(self, block: str | None, memory: Memory) -> float:
+        """The share closed in a block: min_ratio + I (target_ratio - min_ratio), I its importance with mean 1 over the blocks, between min_ratio and MOST."""
+        o, known = self.options, memory.info.get("importance", {})
+        mean = sum(known.values()) / len(known) if known else 0.0
+        importance = known[block] / mean if block in known and mean > 0 else 1.0
+        return min(max(o.min_ratio + importance * (o.target_ratio - o.min_ratio), o.min_ratio), MOST)
+
     @torch.no_grad()
     def prepare(self, model: nn.Module, memory: Memory) -> None:
-        """What is closed and, where coordinates are used, what learns, of every target matrix: one after another."""
-        self.parts, layers, spaces = {}, self.layers(model), memory.spaces()
+        """The Part of every target matrix: one after another, so that one decomposition is in memory at a time."""
+        o, layers = self.options, self.layers(model)
+        self.parts, self.merge_leak = {}, None
+        inputs = memory.spaces() if o.protect != "weights" else {}
+        outs, ins = (memory.spaces(kind) if o.remember == "union" else {} for kind in KINDS)
         self.progress.stage("decomposing the weights", len(layers))
         for done, (name, layer) in enumerate(layers.items(), 1):
             W = logical(layer.weight, layer).detach()
             W = W.to(working_dtype(W.dtype))
-            S = None if self.options.protect == "weights" or name not in spaces else spaces[name].to(W)
-            k = 0 if self.options.protect == "inputs" else self.frozen(name, min(W.shape), memory.info.get("tasks", 0))
-            self.parts[name] = self.part(W, k, S)
+            k = 0 if o.protect == "inputs" else self.frozen(model, name, min(W.shape), memory)
+            found = (space if space is None else space.to(W) for space in (outs.get(name), ins.get(name), inputs.get(name)))
+            self.parts[name] = self.part(W, k, *found, cache=self.scratch)
             self.progress.advance(done)
 
-    def part(self, W: Tensor, k: int, S: Subspace | None) -> tuple[Constraint, tuple[Tensor | None, Tensor | None] | None]:
-        """(what is closed, the directions that learn or None) of W (out, in): its k leading singular directions and the inputs S."""
-        if k == 0:  # an empty space is there so that weight decay pulls toward the task's start
-            return Constraint(inputs=Subspace.empty(W.shape[1], W.dtype, W.device) if S is None else S), None
-        U, _, V = spectrum(W)  # (out, R), (R,), (in, R)
-        U_high, V_high = U[:, :k].contiguous(), V[:, :k].contiguous()
-        if self.options.block == "paper":
-            return Constraint(outputs=U_high, inputs=V_high, forbid="both"), None
-        # a side with more dimensions than singular directions stays whole: the rest of them may learn too
-        U_low, V_low = (B[:, k:].contiguous() if B.shape[0] == B.shape[1] else None for B in (U, V))
-        if S is not None:
-            V_high = torch.cat([V_high, self.beyond(S, V_high)], 1)
-            V_low = None if V_low is None else orthonormalize(V_low, against=V_high, scale=1.0)
-        return Constraint(outputs=U_high, inputs=V_high), (U_low, V_low)
+    def part(
+        self, W: Tensor, k: int, outputs: Subspace | None = None, inputs: Subspace | None = None, S: Subspace | None = None, cache: Path | None = None
+    ) -> Part:
+        """What is closed of W (out, in), and what learns.
 
-    def beyond(self, S: Subspace, V: Tensor) -> Tensor:
-        """The directions of most energy of S outside V (in, k), orthonormal, as many as max_share leaves room for: the two together must not close everything."""
-        rows = (S.basis * S.energy.sqrt()).mT  # (s, in): their Gram matrix is S with its energies
-        rest = project_out(rows, V)
+        Its k leading singular directions are closed, and as much as has room of what was closed for earlier tasks (outputs, inputs) and of learned inputs S.
+        """
+        o, (m, n) = self.options, W.shape
+        U_high, U_low, V_high, V_low = cached_split(W, k, cache) if k else (W.new_zeros(m, 0), None, W.new_zeros(n, 0), None)
+        U, V = self.join(U_high, outputs), self.join(V_high, inputs, S)
+        closed = (with_energy(W.mT, U, outputs), with_energy(W, V, inputs)) if o.remember == "union" else None
+        if o.block == "paper":
+            return Part(
+                Constraint(outputs=U, inputs=V, forbid="both") if U.shape[1] and V.shape[1] else Constraint(inputs=W.new_zeros(n, 0)), None, closed
+            )
+        # a side with more dimensions than singular directions stays whole: the rest of them may learn too
+        P = None if m > n or not U.shape[1] else complement(U) if U.shape[1] > k or U_low is None else U_low
+        Q = None if n > m or not V.shape[1] else complement(V) if V.shape[1] > k or V_low is None else V_low
+        if o.form == "coordinates" and k == 0:
+            P = Q = None  # inputs alone: few directions are closed, and Adam on the weight's own entries is the cheaper and the better known
+        if o.thin and k and m != n:
+            if m > n:
+                P = orthonormalize(W @ Q, against=U, scale=torch.linalg.matrix_norm(W))
+            else:
+                Q = orthonormalize(W.mT @ P, against=V, scale=torch.linalg.matrix_norm(W))
+        # an empty space is there so that weight decay pulls toward the task's start
+        constraint = Constraint(outputs=U if P is None and U.shape[1] else None, inputs=V if Q is None else None)
+        return Part(constraint, None if P is None and Q is None else (P, Q), closed)
+
+    def join(self, V: Tensor, *spaces: Subspace | None) -> Tensor:
+        """V (n, k) and the directions of most energy of `spaces` outside it, orthonormal, as many as max_share leaves room for: never everything is closed."""
+        rows = [rows_of(space) for space in spaces if space is not None and space.rank]
         room = int(self.options.max_share * len(V)) - V.shape[1]
-        if room < 1 or not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(rows):
-            return V[:, :0]
-        return orthonormalize(top_subspace(rest, room).basis, against=V, scale=1.0)
+        if not rows or room < 1:
+            return V
+        A = torch.cat(rows)
+        rest = project_out(A, V)
+        if not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(A):
+            return V
+        return torch.cat([V, orthonormalize(top_subspace(rest, room).basis, against=V, scale=1.0)], 1)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        if not self.parts:
-            self.prepare(model, Memory())
-        groups = []
+        if not self.parts:  # nobody has begun a task: as before the first
+            self.build(model, Memory())
+        adapters, groups = attached(model), []
         for name, layer in self.layers(model).items():
-            constraint, directions = self.parts[name]
-            group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": constraint, "transposed": stored_transposed(layer)}
-            groups.append(group | {"directions": directions})
+            part = self.parts[name]
+            if name in adapters:
+                groups.append(
+                    {"params": [adapters[name].C], "names": [f"{name}.C"], "constraint": None if part.constraint.empty else part.constraint}
+                )
+                continue
+            group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": part.constraint, "transposed": stored_transposed(layer)}
+            groups.append(group | {"directions": part.directions, "release": self.options.release_gradients and part.directions is not None})
         return groups
 
     # -- the record ------------------------------------------------------------------------------------------------------------------
@@ -205,18 +336,33 @@ class OSFT(Method):
             return {}  # no input direction is closed to every output
         spaces = {} if o.protect == "weights" else memory.spaces()
         found = {name: space.basis for name, space in spaces.items()}
-        for name, (constraint, _) in self.parts.items() if o.protect != "inputs" else ():
-            V = constraint.inputs.cpu()
-            found[name] = torch.cat([V, self.beyond(spaces[name].to(V), V)], 1) if name in spaces else V
+        for name, part in self.parts.items() if o.protect != "inputs" else ():
+            V = part.closed_inputs().cpu()
+            found[name] = self.join(V, spaces[name].to(V)) if name in spaces else V
         return {name: V for name, V in found.items() if V.shape[1]}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
-        blocks = {name: constraint.inputs for name, (constraint, _) in self.parts.items() if constraint.forbid == "both"}
+        blocks = {name: part.constraint.inputs for name, part in self.parts.items() if part.constraint.forbid == "both"}
         bases = blocks or self.protected_inputs(memory)
         if not bases:
             return None
         ranks = [V.shape[1] for V in bases.values()]
         share = sum(V.shape[1] / V.shape[0] for V in bases.values()) / len(bases)
-        held = [B for constraint, _ in self.parts.values() for B in (constraint.inputs, constraint.outputs) if B is not None]
+        held = [
+            B for part in self.parts.values() for B in (part.constraint.inputs, part.constraint.outputs, *(part.directions or ())) if B is not None
+        ]
         numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": 0}
         return numbers | {"bytes": sum(B.nbytes for B in held)}
+
+
+def rows_of(space: Subspace) -> Tensor:
+    """(s, n), rows whose Gram matrix is the space with its energies."""
+    return (space.basis * space.energy.sqrt()).mT
+
+
+def with_energy(W: Tensor, V: Tensor, known: Subspace | None) -> Subspace:
+    """The closed directions V (n, k) with their energy: the share of ||W||^2 of W (m, n) that lies along each, added to what the space `known` has there."""
+    energy = ((W @ V).double() ** 2).sum(0) / (W.double() ** 2).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    if known is not None and known.rank:
+        energy = energy + ((rows_of(known) @ V).double() ** 2).sum(0)
+    return Subspace(V, energy.to(V.dtype))

@@ -50,6 +50,31 @@ def reduced(group: dict[str, Any]) -> bool:
     return group["rank"] is not None or group["directions"] is not None
 
 
+def protects(group: dict[str, Any]) -> bool:
+    """Is there anywhere that the update of this group's weights must not go?"""
+    constraint = group.get("constraint")
+    return constraint is not None and not constraint.empty or group.get("directions") is not None
+
+
+def closed_share(group: dict[str, Any], shape: torch.Size) -> float:
+    """The share of both sides' directions that is closed to a weight of this shape as stored, at most 1; 1 for a mask."""
+    constraint, directions = group.get("constraint"), group.get("directions") or (None, None)
+    closed = [] if constraint is None else [V.shape[1] / V.shape[0] for V in (constraint.outputs, constraint.inputs) if V is not None]
+    closed += [1 - B.shape[1] / side for B, side in zip(directions, shape, strict=True) if B is not None] if len(shape) == 2 else []
+    return min(1.0, sum(closed)) if closed else 1.0
+
+
+def forbidden_norm(group: dict[str, Any], D: Tensor) -> float:
+    """||the part of D that must not be there|| of a change D of the weight as stored: what the constraint forbids, and all outside given directions. In fp64."""
+    inner = D = D.double()
+    P, Q = (None if B is None else B.to(D) for B in group.get("directions") or (None, None))
+    inner = inner if Q is None else (inner @ Q) @ Q.mT
+    inner = inner if P is None else P @ (P.mT @ inner)
+    constraint = group.get("constraint")
+    inside = 0.0 if constraint is None else constraint.to(D.device, D.dtype).forbidden_norm(inner)
+    return (float((D - inner).norm()) ** 2 + inside**2) ** 0.5
+
+
 def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
     """Raise ValueError unless the group's given P (out, p) and Q (in, q) fit a weight of this (out, in) shape and what its constraint protects."""
     P, Q = group["directions"]
@@ -196,8 +221,15 @@ def leak(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> float:
     if group["directions"] is not None:
         (P, Q), constraint = group["directions"], group["constraint"]
         U, V = (None, None) if constraint is None else (constraint.outputs, constraint.inputs)
+        strays = [0.0 if B is None or _width(W) else float((R @ _defect(B)).norm()) for B, W, R in ((P, U, delta.mT), (Q, V, delta))]
     else:
-        (U, V), P, Q = protected(group), state.get("basis_left"), state["basis"]
+        (U, V), P, Q, strays = protected(group), state.get("basis_left"), state["basis"], []
     right = float((delta @ (V.double() if Q is None else Q.mT.double() @ V.double())).norm()) if _width(V) else 0.0
     left = float(((U.mT.double() if P is None else U.mT.double() @ P.double()) @ delta).norm()) if _width(U) else 0.0
-    return (right**2 + left**2) ** 0.5 / norm
+    return sum(x**2 for x in (right, left, *strays)) ** 0.5 / norm
+
+
+def _defect(B: Tensor) -> Tensor:
+    """B^T B - I: how far B B^T is from a projection onto span(B)."""
+    B = B.double()
+    return B.mT @ B - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)

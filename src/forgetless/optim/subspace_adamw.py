@@ -15,6 +15,7 @@ Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), als
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..subspace import Constraint, working_dtype
 from . import coordinates, rounding
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
-NOT_SAVED = ("constraint", "directions", "names")
+NOT_SAVED = ("constraint", "directions", "names", "release")
 
 
 class SubspaceAdamW(torch.optim.Optimizer):
@@ -38,8 +39,10 @@ class SubspaceAdamW(torch.optim.Optimizer):
             rank (int, optional): keep the state in this many directions; None is dense.
             side (str): "inputs" (R = G Q, Q in x r; state (2 out + in) r), "outputs" (R = Q^T G, Q out x r; (2 in + out) r), or "both" (R = P^T G Q,
                 P out x r, Q in x r; (2 r + out + in) r).
-            directions (pair, optional): in place of a rank, fixed orthonormal P (out, p) and Q (in, q), R = P^T G Q, dW = P step(R) Q^T. Either may be None: that
-                side stays whole, R is held off what the constraint protects there before Adam and after it.
+            directions (pair, optional): in place of a rank, fixed orthonormal P (out, p) and Q (in, q), R = P^T G Q, dW = P step(R) Q^T, so all outside span(P) and
+                span(Q) is protected. Either may be None: that side stays whole, R is held off what the constraint protects there before Adam and after it.
+            release (bool): with directions, take R from a gradient as soon as backward has made it and let the gradient go, so that no two whole ones live at once.
+                Micro-batches add up in R (each costs the two products). p.grad is None at the step; clipping is by the norm of all R, as without it.
             transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in)
                 matrix all the same. `param_groups` then shows them as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
@@ -82,9 +85,10 @@ class SubspaceAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, side="inputs",
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, side="inputs",
             refresh_gap=10, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
         )  # fmt: skip
+        self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -105,6 +109,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
         if not isinstance(transposed, bool):
             raise ValueError(f"SubspaceAdamW: transposed={transposed!r}; True for a weight stored (in, out), or False")
+        if group["release"] and group["directions"] is None:
+            raise ValueError("SubspaceAdamW: release=True needs directions: only in fixed coordinates do gradients add up as they come")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
             raise ValueError(f"SubspaceAdamW: rank={group['rank']} and refresh_gap={group['refresh_gap']} must be at least 1")
         for p in group["params"]:
@@ -129,6 +135,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if self._keeps_start(group):
                 self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
         group["constraint"] = constraint
+        if group["release"]:
+            for p in group["params"]:
+                self._release_gradients(group, p)
 
     @staticmethod
     def _keeps_start(group: dict[str, Any]) -> bool:
@@ -142,11 +151,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None]
+        used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
         used = [(group, p, R, i) for group, p, R, i in used if R is not None]
         self._clip([R for _, _, R, _ in used])
         leaks = [self._update(group, p, R, i) for group, p, R, i in used]
-        constrained = any(group["constraint"] is not None and not group["constraint"].empty for group, *_ in used)
+        constrained = any(coordinates.protects(group) for group, *_ in used)
         self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
         return loss
 
@@ -155,6 +164,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def _gradient(self, group: dict[str, Any], p: Tensor, index: int) -> Tensor | None:
         """The gradient as Adam will see it: G, its permitted part, or its coordinates R. None: nothing to do in this step."""
+        if p in self._released:
+            return self._released.pop(p)
         G = p.grad
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
@@ -170,6 +181,26 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 G = permitted  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
         return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index)
+
+    def _release_gradients(self, group: dict[str, Any], p: Tensor) -> None:
+        """From now on p's gradient becomes R as soon as backward is done with it. Ends with the optimizer."""
+        held = weakref.ref(self)
+
+        def take(p: Tensor) -> None:
+            optimizer = held()
+            if optimizer is None:
+                return
+            with torch.no_grad():
+                R = coordinates.gradient(group, {}, p.grad.to(working_dtype(p.dtype)), 0, 0)
+                p.grad = None
+                if R is not None:
+                    optimizer._released[p] = R if p not in optimizer._released else optimizer._released[p].add_(R)
+
+        weakref.finalize(self, p.register_post_accumulate_grad_hook(take).remove)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._released.clear()
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if not self.max_grad_norm or not gradients:
@@ -229,10 +260,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if constraint is not None:
             constraint.restrict_(delta)
         rounding.add(p, delta, state, group["precision"], seeds)
-        if not self.track_leak or constraint is None:
-            return 0.0
-        norm = float(delta.double().norm())
-        return constraint.forbidden_norm(delta) / norm if norm > 0 else 0.0
+        norm = float(delta.double().norm()) if self.track_leak and coordinates.protects(group) else 0.0
+        return coordinates.forbidden_norm(group, delta) / norm if norm > 0 else 0.0
 
     # -- saving --------------------------------------------------------------------------------------------------------------------
 
