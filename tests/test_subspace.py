@@ -23,6 +23,7 @@ from forgetless.subspace import (
     project_out,
     rotate_moments,
     spectrum,
+    split,
     top_subspace,
     without_lowest,
 )
@@ -205,6 +206,129 @@ def test_spectrum_of_weights_in_bf16_and_of_parameters():
     assert U.dtype == torch.float32 and not U.requires_grad
     torch.testing.assert_close((U * S) @ V.mT, W.detach().float(), atol=1e-5, rtol=0)
     assert not without_lowest(W, 2)[0].requires_grad
+
+
+# -- split -----------------------------------------------------------------------------------------------------------------------------
+
+
+def assert_split(W: torch.Tensor, k: int, lost: float | None = None) -> None:
+    """Orthonormal bases of the right sizes, the leading directions but for the share `lost` of their energy, and W block diagonal in them."""
+    R, dtype = min(W.shape), torch.float64 if W.dtype == torch.float64 else torch.float32
+    lost = lost or {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    U_high, U_low, V_high, V_low = split(W, k)
+    for n, high, low in ((W.shape[0], U_high, U_low), (W.shape[1], V_high, V_low)):
+        assert high.shape == (n, k) and (low is None) == (n > R)
+        assert high.dtype == dtype and high.is_contiguous() and not high.requires_grad
+        if low is not None:
+            assert low.shape == (n, R - k) and low.dtype == dtype and low.is_contiguous() and not low.requires_grad
+        assert_orthonormal(high if low is None else torch.cat([high, low], 1))
+    D = W.detach().double()
+    true = torch.linalg.svdvals(D)
+    U, V = torch.linalg.qr(U_high.double())[0], torch.linalg.qr(V_high.double())[0]  # the spans, without the round-off of their lengths
+    best, energy = float((true[:k] ** 2).sum()), (lambda A: float((A**2).sum()))
+    assert energy(D @ V) >= (1 - lost) * best and energy(U.mT @ D) >= (1 - lost) * best
+    # a Gram matrix rounds by eps S[0]^2, which beside a weak k-th direction is more than the eps S[0] that W itself is rounded by: there the energy decides
+    tol = 8 * CLOSE[dtype] * float(true[0])
+    if k and float(true[k - 1]) < float(true[0]) / 30:
+        tol = max(tol, (lost * best) ** 0.5)
+    # U_high spans W V_high, and W takes the low directions off it
+    assert float((D @ V - U @ (U.mT @ D @ V)).norm()) <= tol
+    if U_low is not None:
+        assert float((U_low.double().mT @ D @ V).norm()) <= tol
+    if V_low is not None:
+        assert float((U.mT @ D @ V_low.double()).norm()) <= tol
+    strength = U_low.double().mT @ D if V_low is None else (D @ V_low.double()).mT
+    assert bool((strength.norm(dim=1).square().diff() <= 8 * CLOSE[dtype] * float(true[0]) ** 2).all())  # singular directions, strongest first
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    m=sizes, n=sizes, rank=st.integers(0, 24), k=st.integers(0, 23), seed=seeds, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    scale=st.sampled_from([1e-8, 1.0, 1e6]),
+)  # fmt: skip
+def test_split_cuts_at_the_leading_directions_whatever_the_rank(m, n, rank, k, seed, dtype, scale):
+    W = matrix(m, n, seed, torch.float64, rank=min(rank, m, n), scale=scale).to(dtype)
+    assert_split(W, min(k, min(m, n) - 1))
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (120, 50), (50, 120)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e4, 1e6, 1e9])
+def test_split_of_an_ill_conditioned_matrix(shape, dtype, condition):
+    R = min(shape)
+    W = with_spectrum(*shape, torch.logspace(0, -math.log10(condition), R, dtype=torch.float64), 0, dtype)
+    for k in (0, 1, R // 2, 3 * R // 4, R - 1):
+        assert_split(W, k)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20), (1, 1), (1, 5)])
+def test_split_of_zero_of_ties_and_of_one_direction(shape):
+    for W in (torch.zeros(shape), torch.eye(*shape), torch.ones(shape), 1e-25 * torch.eye(*shape)):
+        for k in range(min(shape)):
+            assert_split(W, k)
+
+
+def outlier(n: int, seed: int = 0) -> torch.Tensor:
+    """One direction of strength 1 and n - 1 of energy 1e-5 to 2e-5: in fp32's Gram matrix they differ by less than its rounding."""
+    energy = 1e-5 * (1 + torch.linspace(1, 0, n, dtype=torch.float64))
+    energy[0] = 1
+    return with_spectrum(n, n, energy.sqrt(), seed, torch.float32)
+
+
+def test_split_goes_to_fp64_where_fp32_does_not_tell_the_leading_directions(monkeypatch):
+    import forgetless.subspace
+
+    W = outlier(400)
+    assert_split(W, 200)
+    monkeypatch.setattr(forgetless.subspace, "SHUFFLED", 1.0)  # break it once
+    with pytest.raises(AssertionError):
+        assert_split(W, 200)
+    assert_split(W, 200, lost=1e-5)  # all that was lost
+
+
+def test_split_stays_in_fp32_where_that_does(monkeypatch):
+    """A weight's usual spectrum: the second precision would double the time for nothing."""
+    eigh = torch.linalg.eigh
+    seen = []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda G: (seen.append(G.dtype), eigh(G))[1])
+    for W in (matrix(256, 256, 0, torch.float32), matrix(300, 100, 0, torch.float32)):
+        for k in (min(W.shape) // 2, 3 * min(W.shape) // 4):
+            split(W, k)
+    assert seen == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("decades", [0.4, 1.0, 2.0, 4.0])
+def test_the_longer_side_is_orthonormal_by_each_of_its_ways(decades, monkeypatch):
+    """By lengths alone, by the power series, by QR: the weaker the last direction, the more there is to do."""
+    import forgetless.subspace
+
+    W = with_spectrum(400, 100, torch.logspace(0, -decades, 100, dtype=torch.float64), 0, torch.float32)
+    taken = []
+    real, qr = forgetless.subspace._nearest_orthonormal, torch.linalg.qr
+    monkeypatch.setattr(forgetless.subspace, "_nearest_orthonormal", lambda X: (taken.append("series"), real(X))[1])
+    monkeypatch.setattr(torch.linalg, "qr", lambda X: (taken.append("qr"), qr(X))[1])
+    split(W, 90)
+    assert taken == {0.4: [], 1.0: ["series"], 2.0: ["series"], 4.0: ["series", "qr"]}[decades]
+    monkeypatch.undo()
+    assert_split(W, 90)
+
+
+def test_the_power_series_is_round_off_up_to_where_it_is_used():
+    """Two columns with a cosine of 3e-3: the series' first term alone would leave 7e-6."""
+    import forgetless.subspace
+
+    Q = basis(50, 3, 0, torch.float32)
+    X = torch.stack([Q[:, 0], 3e-3 * Q[:, 0] + Q[:, 1], 1e-3 * Q[:, 2]], 1)
+    Y = forgetless.subspace._nearest_orthonormal(X)
+    assert_orthonormal(Y)
+    assert float((Y - Q).abs().max()) < 2e-3  # the nearest: the error is shared out, where QR would leave the first column as it is
+    assert float((Y[:, 0] - Q[:, 0]).norm()) == pytest.approx(1.5e-3, rel=0.01)
+
+
+def test_split_refuses_what_is_no_cut():
+    for k in (-1, 4, 5):
+        with pytest.raises(ValueError, match="0 <= k < 4"):
+            split(torch.eye(4, 6), k)
 
 
 # -- energy_rank and extend ------------------------------------------------------------------------------------------------------------

@@ -234,13 +234,69 @@ def spectrum(W: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split(W: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    U, _, V = spectrum(W)
-    return (
-        U[:, :k].contiguous(),
-        U[:, k:].contiguous() if len(U) == U.shape[1] else None,
-        V[:, :k].contiguous(),
-        V[:, k:].contiguous() if len(V) == V.shape[1] else None,
-    )
+    """W (out, in) cut at its k-th singular direction, 0 <= k < R = min(out, in): U_high (out, k), U_low (out, R - k), V_high (in, k), V_low (in, R - k).
+
+    high: the k leading singular directions, strongest first. low: an orthonormal basis of the rest of that side's space: the other singular directions,
+    strongest first, on the smaller side (on V of a square W), arbitrary ones on U of a square W, and None on the longer side of any other, where the rest is
+    more than R - k directions. [high low] is orthonormal whatever the rank of W, and W V_low lies off U_high but for rounding. fp64 for fp64, else fp32.
+
+    Faster than `spectrum` and than an SVD, because only the cut has to be right: V_high captures all but SHUFFLED of the energy ||W V||^2 that k directions can.
+
+    >>> U_high, U_low, V_high, V_low = split(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 1)
+    >>> V_high.abs().mT, U_low.shape
+    (tensor([[0., 1., 0.]]), torch.Size([3, 2]))
+    """
+    W = W.detach().to(working_dtype(W.dtype))
+    R, tall, square = min(W.shape), W.shape[0] >= W.shape[1], W.shape[0] == W.shape[1]
+    if not 0 <= k < R:
+        raise ValueError(f"split: {k} directions of a matrix {tuple(W.shape)}, which has {R}; give 0 <= k < {R}")
+    for dtype in dict.fromkeys((W.dtype, torch.float64)):
+        A = (W if tall else W.mT).to(dtype)  # (m, R)
+        energy, E = torch.linalg.eigh(_gram(A))
+        energy, E = energy.flip(0).clamp_min(0), E.flip(1)
+        noise = 4 * torch.finfo(dtype).eps * energy[0]  # of an eigenvalue: what the Gram matrix and eigh round away
+        # a leading direction this close to the first low one may have changed places with it
+        if noise * (energy[:k] < energy[k] + noise).sum() <= SHUFFLED * energy[:k].sum():
+            break
+    X, low = A @ E[:, :k], None
+    if square:  # singular directions on this side too, A E_low made orthonormal off high, took a sixth more time for the whole
+        high, low = torch.linalg.qr(X, mode="complete")[0].tensor_split((k,), dim=1)
+    elif bool((16 * energy[:k] <= energy[0]).any()):
+        high = _nearest_orthonormal(X)
+    else:  # columns of A E are orthogonal to noise / energy: here as good as E's own, and to be scaled only
+        high = X / torch.linalg.vector_norm(X, dim=0, dtype=torch.float64).to(dtype)
+    sides = [B if B is None else B.to(W.dtype).contiguous() for B in (high, low, E[:, :k], E[:, k:])]
+    return tuple(sides if tall else sides[2:] + sides[:2])
+
+
+# of the leading directions' energy, what `split` may lose to rounding before it goes to fp64. In fp32 it loses 1e-12 to 1e-8 on a language model's weights,
+# 1e-7 where the cut is at a thousandth of the largest singular value, and at worst (one strong direction, all others alike) 4e-6
+SHUFFLED = 1e-6
+
+
+def _gram(A: Tensor) -> Tensor:
+    """The lower triangle of A^T A (n, n), A (m, n), which is all that eigh reads; above it are numbers without meaning. Five eighths of the whole product."""
+    n = A.shape[1]
+    G = A.new_zeros(n, n)
+    step = -(-n // 4)
+    for i in range(0, n, step):
+        G[i : i + step, : i + step] = A[:, i : i + step].mT @ A[:, : i + step]
+    return G
+
+
+def _nearest_orthonormal(X: Tensor) -> Tensor:
+    """Orthonormal basis (m, k) of span(X), X (m, k) with columns orthogonal but for rounding; arbitrary directions complete it where X has less rank.
+
+    The nearest one, X (X^T X)^(-1/2), by its power series: three products, half the time of a QR of many rows. QR where rounding is not small.
+    """
+    Y = X / torch.linalg.vector_norm(X, dim=0)
+    G = _gram(Y)
+    D = G.tril() + G.tril(-1).mT
+    D.diagonal().sub_(1)
+    # the series' next term is 5/16 D^3; a zero column makes D no number, and the comparison false
+    if torch.linalg.matrix_norm(D) < torch.finfo(X.dtype).eps ** (1 / 3):
+        return torch.addmm(Y, Y, torch.addmm(D, D, D, alpha=-0.75), alpha=-0.5)
+    return torch.linalg.qr(X)[0]
 
 
 def without_lowest(W: Tensor, count: int) -> tuple[Tensor, float]:
