@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 @dataclass
 class Trained:
-    """A layer with what trains it. `sides`, outputs and inputs, say what is closed; None: the layer's leading singular directions as forgetless.subspace has them."""
+    """A layer with what trains it. `sides`, outputs and inputs, say what is closed; None: what the method osft closes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

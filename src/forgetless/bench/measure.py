@@ -48,9 +48,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(contenders: dict[str, Phases], repeats: int, device: torch.device) -> dict[str, Times]:
-    """`repeats` rounds, in each one step of every contender. No warming up is done here, and no garbage is collected meanwhile."""
+    """`repeats` rounds, in each one step of every contender. No warming up is done here, and no garbage is collected."""
     times = {name: Times() for name in contenders}
-    gc.collect()
     gc.disable()
     try:
         for _ in range(repeats):

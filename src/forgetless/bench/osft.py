@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..subspace import spectrum, working_dtype
+from ..methods import get
+from ..subspace import working_dtype
 from .layers import CONTENDERS, Side, Trained, fused, leak, missing
 from .measure import Phases, Times, interleaved, ratio, summary
 from .results import Results, commit, device_name, environment, load_average, table, versions
@@ -154,8 +155,8 @@ def measure(key: dict[str, Any], names: list[str], settings: dict[str, Any], dev
     x, dy = (torch.randn(tokens, n, generator=draw).to(W) for n in (inputs, out))
     x.requires_grad_()
     k = int(key["frozen"] * min(out, inputs))
-    U, _, V = spectrum(W.to(working_dtype(W.dtype)))
-    closed = (("closed", U[:, :k]), ("closed", V[:, :k]))
+    constraint, _ = get("osft").part(W.to(working_dtype(W.dtype)), k, None)
+    closed = (("closed", constraint.outputs), ("closed", constraint.inputs))
     together, measured = groups(names, out * inputs * 4, limit), []
     for group in together:
         found = measure_group(group, W, k, x, dy, closed, settings)
@@ -179,6 +180,7 @@ def groups(names: list[str], size: int, limit: float) -> list[list[str]]:
 def measure_group(
     names: list[str], W: Tensor, k: int, x: Tensor, dy: Tensor, closed: tuple[Side, Side], settings: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
+    gc.collect()  # the contenders of the group before, some of which refer to themselves
     built: dict[str, Trained] = {}
     starts = {name: Times() for name in names}
     for _ in range(settings["init_repeats"]):
@@ -207,8 +209,6 @@ def measure_group(
             "leak": update_leak(trained, phases[name], W, closed),
             "raw": {"cpu": times[name].cpu, "wall": times[name].wall, "init": {"cpu": starts[name].cpu, "wall": starts[name].wall}},
         }
-    built.clear()
-    gc.collect()
     return found
 
 

@@ -1,0 +1,154 @@
+"""python -m forgetless.bench: what a cell holds, what is kept when it is started again, what is counted as memory and as a leak. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from forgetless.bench import osft
+from forgetless.bench.__main__ import main
+from forgetless.bench.measure import Times, interleaved, live_bytes
+from forgetless.bench.results import Results
+
+OPTIONS = ["osft", "--shapes", "48x32", "--tokens", "8", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The file of one call: a tall, a square and a wide layer, half frozen, all contenders that are here."""
+    path = tmp_path_factory.mktemp("bench") / "made" / "out.json"
+    assert main([*OPTIONS, "--shapes", "48x32", "32x32", "32x48", "--frozen", "0.5", "--out", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_a_cell_says_what_was_measured_on_what_and_with_which_versions(measured):
+    assert [cell["shape"] for cell in measured["cells"]] == [[48, 32], [32, 32], [32, 48]]
+    assert measured["environment"]["device"] == "cpu" and measured["environment"]["cores"]
+    for cell in measured["cells"]:
+        assert cell["versions"]["torch"] and cell["versions"]["peft"]
+        assert cell["settings"]["contenders"] == list(cell["contenders"]) and cell["settings"]["repeats"] == 2
+        for name, own in cell["contenders"].items():
+            for clock in ("cpu", "wall"):
+                assert own["seconds"][clock]["low"] <= own["seconds"][clock]["median"] <= own["seconds"][clock]["high"]
+                assert len(own["raw"][clock]) == 2
+            assert list(own["phases"]) == ["forward", "backward", "step"]
+            assert (own["init"] is None) == (name == "adamw")
+            assert own["ratio"]["adamw"]["bytes"] == own["bytes"] / cell["contenders"]["adamw"]["bytes"]
+        assert cell["contenders"]["adamw"]["ratio"]["adamw"]["time"] == 1 == cell["contenders"]["peft-osf"]["ratio"]["peft-osf"]["init"]
+
+
+def test_the_leak_of_ours_is_rounding_and_the_peers_is_not(measured):
+    for cell in measured["cells"]:
+        for name, own in cell["contenders"].items():
+            if name in ("adamw", "peft-osf"):
+                assert own["leak"] > 0.1, name
+            elif name == "mini-trainer":
+                assert own["leak"] < 1e-3
+            else:
+                assert own["leak"] < 1e-5, name
+    assert measured["cells"][0]["contenders"]["coordinates"]["trains"] == {"elements": 48 * 32, "dtypes": ["float32"]}
+
+
+def test_memory_is_that_of_a_layer_counted_by_hand(measured):
+    square = measured["cells"][1]["contenders"]
+    n, k, step = 32, 16, 4
+    assert square["adamw"]["bytes"] == 4 * (4 * n * n) + step  # weight, gradient, two moments
+    low = 2 * n * (n - k) + (n - k)  # U, V, S
+    # the weight; the factors as they began, and as they are, with gradients and moments; its S_low is a view that keeps the k other values alive
+    assert square["peft-osf"]["bytes"] == 4 * (n * n + 5 * low + k) + 3 * step
+
+
+def test_a_storage_counts_once_wherever_it_is_held():
+    class Holder:
+        pass
+
+    W = nn.Parameter(torch.zeros(6, 4))
+    W.grad = torch.ones(6, 4)
+    holder = Holder()
+    holder.views = {"row": W[0], "turned": (W.mT, [W.detach()])}
+    holder.itself = holder
+    assert live_bytes(holder) == 6 * 4 * 4  # the leaf with the gradient is not among the views
+    assert live_bytes(holder, W) == 2 * 6 * 4 * 4
+    assert live_bytes(nn.Linear(4, 6), holder) == (6 * 4 + 6 + 6 * 4) * 4
+    assert live_bytes(torch.zeros(100)[:2]) == 400  # what a view keeps alive
+
+
+def test_contenders_take_turns():
+    order = []
+    times = interleaved({name: {"only": lambda name=name: order.append(name)} for name in "ABC"}, 3, torch.device("cpu"))
+    assert "".join(order) == "ABCABCABC"
+    assert all(isinstance(t, Times) and len(t.cpu) == len(t.wall) == len(t.phases["only"]) == 3 for t in times.values())
+
+
+def test_groups_hold_adamw_and_a_ratio_across_groups_says_what_it_went_through(tmp_path):
+    names = ["adamw", "peft-osf", "coordinates"]
+    assert osft.groups(names, 1000, 0) == [["adamw", "peft-osf"], ["adamw", "coordinates"]]
+    assert osft.groups(["adamw"], 1000, 0) == [["adamw"]]
+    path = tmp_path / "out.json"
+    main([*OPTIONS, "--frozen", "0.5", "--contenders", *names[1:], "--memory", "0", "--out", str(path)])
+    cell = json.loads(path.read_text())["cells"][0]
+    assert cell["groups"] == [["adamw", "peft-osf"], ["adamw", "coordinates"]]
+    ours, peft = (cell["contenders"][name]["ratio"] for name in ("coordinates", "peft-osf"))
+    assert ours["peft-osf"]["through"] == "adamw" and "through" not in peft["peft-osf"]
+    assert ours["peft-osf"]["time"] == pytest.approx(ours["adamw"]["time"] / peft["adamw"]["time"])
+
+
+def test_measured_cells_are_kept_until_settings_or_versions_change(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    command = [*OPTIONS, "--contenders", "coordinates", "--out", str(path)]
+
+    def cells(*more: str) -> list:
+        main([*command, *more])
+        return json.loads(path.read_text())["cells"]
+
+    first = cells("--frozen", "0.5")
+    monkeypatch.setattr(osft, "measure", lambda *_: pytest.fail("measured again"))
+    assert cells("--frozen", "0.5") == first
+    assert "kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    both = cells("--frozen", "0.5", "0.75")
+    assert both[0] == first[0] and [cell["frozen"] for cell in both] == [0.5, 0.75]
+    again = cells("--frozen", "0.5", "--again")
+    assert len(again) == 2 and both[1] in again and first[0] not in again
+    assert len(cells("--frozen", "0.5", "--repeats", "3")) == 3  # other settings stand beside the first
+    real = osft.versions
+    monkeypatch.setattr(osft, "versions", lambda *names: real(*names) | {"torch": "0"})
+    assert len(cells("--frozen", "0.5")) == 3  # another version takes the place of what it measured before
+
+
+def test_a_missing_peer_is_named_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mini_trainer" else find(name, *rest))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mini_trainer"]:
+        monkeypatch.delitem(sys.modules, name)
+    path = tmp_path / "out.json"
+    assert main([*OPTIONS, "--frozen", "0.5", "--contenders", "mini-trainer", "coordinates", "--out", str(path)]) == 0
+    written, shown = json.loads(path.read_text()), capsys.readouterr()
+    assert "pip install" in written["missing"]["mini-trainer"] and written["cells"][0]["missing"] == written["missing"]
+    assert list(written["cells"][0]["contenders"]) == ["adamw", "coordinates"]
+    assert "without mini-trainer: not installed" in shown.out and "without mini-trainer" in shown.err
+
+
+def test_bf16_layers_and_named_shapes(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    main([*OPTIONS, "--frozen", "0.5", "--dtype", "bf16", "--contenders", "peft-osf", "coordinates", "--out", str(path)])
+    found = json.loads(path.read_text())["cells"][0]["contenders"]
+    assert found["coordinates"]["trains"]["dtypes"] == ["bfloat16"] and found["adamw"]["bytes"] == 4 * 2 * 48 * 32 + 4
+    assert osft.shape("t5-large") == [(1024, 1024), (4096, 1024), (1024, 4096)] and osft.shape("8x6") == [(8, 6)]
+    for wrong in (["--shapes", "8by6"], ["--frozen", "1.5"], ["--tokens", "0"], ["--contenders", "nobody"]):
+        with pytest.raises(SystemExit):
+            main(["osft", *wrong])
+    assert "neither OUTxIN" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    path.write_text("[1, 2]")
+    assert main([*OPTIONS, "--out", str(path)]) == 2
+    assert "holds no cells" in capsys.readouterr().err and path.read_text() == "[1, 2]"
+    assert Results(tmp_path / "none.json", osft.KEY).cells == []
