@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model_folder
 from safetensors.torch import load_file
 
 import forgetless as fl
@@ -18,7 +20,9 @@ from forgetless.methods.base import Memory
 from forgetless.models import linear_modules
 from forgetless.optim import SubspaceAdamW
 from forgetless.optim.reference import ReferenceFactors
+from forgetless.optim.released import keep
 from forgetless.subspace import Subspace
+from forgetless.tasks import Example, Task
 
 GOLDEN = Path(__file__).parent / "golden" / "osft"
 SAYS = json.loads((GOLDEN / "golden.json").read_text())
@@ -260,18 +264,19 @@ def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_pa
 # -- forms ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def trained(steps=12, rounds=2, micro=1, shapes=SHAPES, **options):
-    """The model after so many tasks of so many steps on a regression, its leaks, and the method and memory that made it."""
+def trained(steps=12, rounds=2, micro=1, rows=16, shapes=SHAPES, own=True, **options):
+    """The model after so many tasks of so many steps on a regression, its leaks, and the method and memory that made it. own: by the method's own optimizer."""
     model, memory, leaks = Chain(shapes), Memory(), []
     method = get("osft", **options)
     for task in range(rounds):
         method.begin_task(model, None, memory)
-        optimizer = SubspaceAdamW(method.param_groups(model), lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+        settings = dict(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+        optimizer = (method.optimizer if own else SubspaceAdamW)(method.param_groups(model), **settings)
         for step in range(steps):
             optimizer.zero_grad()
             for part in range(micro):
                 g = torch.Generator().manual_seed(1000 * task + 10 * step + part)
-                x, y = (torch.randn(16, n, generator=g, dtype=torch.float64) for n in (shapes[0][1], shapes[-1][0]))
+                x, y = (torch.randn(rows, n, generator=g, dtype=torch.float64) for n in (shapes[0][1], shapes[-1][0]))
                 ((model(x) - y) ** 2).mean().div(micro).backward()
             optimizer.step()
         method.end_task(model, None, memory)
@@ -340,10 +345,75 @@ def test_thin_keeps_the_change_within_the_singular_directions():
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_released_gradients_give_the_same_steps(micro):
-    kept, released = (trained(shapes=FITTING, micro=micro, release_gradients=r)[0].state_dict() for r in (False, True))
-    for a, b in zip(kept.values(), released.values(), strict=True):
-        torch.testing.assert_close(a, b, atol=0 if micro == 1 else 1e-12, rtol=0)
+@pytest.mark.parametrize("rows", [8, 100])  # R through P and Q first, and through a gradient that is let go
+def test_released_gradients_give_the_same_steps(micro, rows):
+    kept, within, after = (
+        trained(shapes=FITTING, micro=micro, rows=rows, release_gradients=r, own=own)[0].state_dict()
+        for r, own in ((False, True), (True, True), (True, False))
+    )
+    for a, b, c in zip(kept.values(), within.values(), after.values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+        torch.testing.assert_close(a, c, atol=0 if micro == 1 else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 60])
+@pytest.mark.parametrize("sides", ["both", "outputs", "inputs"])
+def test_a_gradient_read_in_coordinates_is_the_gradient_in_coordinates(tokens, sides):
+    from forgetless.optim.released import read
+
+    X, dY = torch.randn(tokens, 9).double(), torch.randn(tokens, 7).double()
+    P, Q = (None if sides == other else torch.linalg.qr(torch.randn(n, 4).double())[0] for n, other in ((7, "inputs"), (9, "outputs")))
+    G = dY.mT @ X
+    expected = G if Q is None else G @ Q
+    torch.testing.assert_close(read(dY, X, P, Q), expected if P is None else P.mT @ expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_whose_layers_release_their_gradients_computes_what_it_did(kind, autocast, tmp_path):
+    """Outputs, the gradients that go on to earlier layers, and R; biases and transposed weights with them; under checkpointed activations too."""
+    from forgetless.batches import Collate, answer_loss
+
+    model, tokenizer = models.load(make_model_folder(tmp_path / "m", kind=kind))
+    method, seen = get("osft"), []
+    method.begin_task(model, None, Memory())
+    task = Task("t", "{sentence}", [], [], [])
+    batch = Collate(model)([task.encode(tokenizer, Example(s, "red", 0)) for s in ("cat red dog", "happy")])
+    for release in (False, True, "checkpointed") if kind == "llama" else (False, True):  # the others drop out where they train
+        groups = method.param_groups(model)
+        optimizer = method.optimizer(groups, lr=1e-3) if release else SubspaceAdamW([g | {"release": False} for g in groups], lr=1e-3)
+        if release == "checkpointed":
+            model.gradient_checkpointing_enable()
+            model.train()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = answer_loss(model, dict(batch), None)
+        loss.backward()
+        embedding = model.get_input_embeddings().weight.grad.clone()
+        R = [(optimizer._released[p] if release else optimizer._gradient(g, p, 0)).clone() for g in optimizer.param_groups for p in g["params"]]
+        assert not release or all(p.grad is None for g in optimizer.param_groups for p in g["params"])
+        seen.append([loss.detach(), embedding, *R])
+    keep(model)
+    assert not any("forward" in module.__dict__ for module in model.modules() if isinstance(module, torch.nn.Linear))
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert (a - b).norm() <= (0.03 if autocast else 1e-5) * a.norm() + 1e-7
+
+
+def test_a_copy_of_a_model_whose_gradients_are_released_computes_with_its_own_weights():
+    model, method = Chain(SHAPES[:1]), get("osft")
+    method.begin_task(model, None, Memory())
+    optimizer = method.optimizer(method.param_groups(model), lr=1e-2)
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        again.l["l0"].weight.zero_()
+    x = torch.randn(4, 12, dtype=torch.float64)
+    assert again(x).abs().sum() == 0 and model(x).abs().sum() > 0
+    again(x).sum().backward()
+    assert list(optimizer._released) == [again.l["l0"].weight]  # which it does not train
+    before = model.l["l0"].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.l["l0"].weight, before)
 
 
 def test_a_released_gradient_is_gone_before_the_next_one_is_there():

@@ -55,8 +55,9 @@ class OSFTOptions(Options):
     """How low_low is trained: W itself, with Adam in coordinates; or a frozen W with U_l C V_l^T beside it, merged at the end of the task."""
     thin: bool = False
     """With form: adapter, keep C of a matrix that is not square within its singular directions: smaller, and the rest of the longer side cannot learn."""
-    release_gradients: bool = False
-    """With form: coordinates and block: low_low, let each gradient go as soon as it is read in coordinates: no two whole ones in memory; each micro-batch costs two products."""
+    release_gradients: bool | None = None
+    """With form: coordinates and block: low_low, read each gradient in coordinates within backward and keep nothing else of it: less memory, and less work where a
+    micro-batch has fewer than about 3 n tokens. Absent: wherever it can be (several processes exchange whole gradients)."""
     frozen_ratio: Ratio | Literal["schedule", "adaptive"] | dict[str, Ratio] = 0.5
     """k of each matrix: a share of its min(out, in) singular directions in [0, 1), a number of directions (1 or more), "schedule" ((i - 1) / tasks before the
     i-th task), "adaptive" (by how much a block changes its inputs), or {regex over whole dotted names: share or number}, the first that matches."""
@@ -109,9 +110,13 @@ class OSFTOptions(Options):
             raise ValueError("block: paper permits updates that no product U_l C V_l^T holds, so it has no form: adapter; use form: coordinates")
         if self.thin and self.form != "adapter":
             raise ValueError("thin: true means something with form: adapter only")
-        if self.release_gradients and (self.form == "adapter" or self.block == "paper" or self.protect == "inputs"):
+        if "release_gradients" in given and not self.fixed_coordinates:
             raise ValueError("release_gradients needs fixed coordinates: form: coordinates, block: low_low and protect: weights or both")
         return self
+
+    @property
+    def fixed_coordinates(self) -> bool:
+        return self.form == "coordinates" and self.block == "low_low" and self.protect != "inputs"
 
 
 @dataclass
@@ -141,6 +146,7 @@ class OSFT(Method):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.parts: dict[str, Part] = {}
+        self.released: list[nn.Module] = []  # layers whose gradients are read within backward
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
@@ -174,7 +180,10 @@ class OSFT(Method):
         return model
 
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
+        from ..optim.released import keep
+
         o = self.options
+        keep(model)
         self.merge(model)
         memory.info["tasks"] = memory.info.get("tasks", 0) + 1
         for kind, side in zip(KINDS, (0, 1), strict=True) if o.remember == "union" else ():
@@ -316,7 +325,7 @@ class OSFT(Method):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         if not self.parts:  # nobody has begun a task: as before the first
             self.build(model, Memory())
-        adapters, groups = attached(model), []
+        adapters, groups, self.released = attached(model), [], []
         for name, layer in self.layers(model).items():
             part = self.parts[name]
             if name in adapters:
@@ -325,8 +334,25 @@ class OSFT(Method):
                 )
                 continue
             group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": part.constraint, "transposed": stored_transposed(layer)}
-            groups.append(group | {"directions": part.directions, "release": self.options.release_gradients and part.directions is not None})
+            groups.append(group | {"directions": part.directions, "release": self.releases and part.directions is not None})
+            if groups[-1]["release"]:
+                self.released.append(layer)
         return groups
+
+    @property
+    def releases(self) -> bool:
+        o = self.options
+        return o.fixed_coordinates and (distributed.world_size() == 1 if o.release_gradients is None else o.release_gradients)
+
+    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        from ..optim import SubspaceAdamW
+        from ..optim.released import release
+
+        optimizer = super().optimizer(groups, **settings)
+        assert isinstance(optimizer, SubspaceAdamW)
+        for layer in self.released:
+            release(layer, optimizer)
+        return optimizer
 
     # -- the record ------------------------------------------------------------------------------------------------------------------
 

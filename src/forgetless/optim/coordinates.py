@@ -138,9 +138,7 @@ def _width(V: Tensor | None) -> int:
 def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int) -> Tensor | None:
     """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
     if group["directions"] is not None:
-        P, Q = group["directions"]
-        R = G if Q is None else G @ Q
-        R = (R if P is None else P.mT @ R).contiguous()
+        R = in_directions(group, G)
         return restrict_whole_side_(group, R) if R.numel() else None
     updates = int(state.get("updates", 0))
     if updates % group["refresh_gap"] == 0 or "basis" not in state:
@@ -154,6 +152,13 @@ def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int,
     R = state["basis_left"].mT @ (read(group, G) @ state["basis"])
     # in its own singular directions a gradient is diagonal: the rest of R is round-off, and Adam, which divides by it, would make steps of full length of that
     return R * (R.abs() > tolerance(R.dtype) * R.abs().max())
+
+
+def in_directions(group: dict[str, Any], G: Tensor) -> Tensor:
+    """P^T G Q in the group's given directions; a side without them stays whole, and may still hold what is protected there."""
+    P, Q = group["directions"]
+    R = G if Q is None else G @ Q
+    return (R if P is None else P.mT @ R).contiguous()
 
 
 def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple[int, int, int]) -> None:

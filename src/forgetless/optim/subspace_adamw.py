@@ -188,15 +188,21 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
         def take(p: Tensor) -> None:
             optimizer = held()
-            if optimizer is None:
+            if optimizer is None or p.grad is None:  # none where the layer has handed R in already
                 return
             with torch.no_grad():
-                R = coordinates.gradient(group, {}, p.grad.to(working_dtype(p.dtype)), 0, 0)
-                p.grad = None
-                if R is not None:
-                    optimizer._released[p] = R if p not in optimizer._released else optimizer._released[p].add_(R)
+                R = coordinates.in_directions(group, p.grad.to(working_dtype(p.dtype)))
+            p.grad = None
+            optimizer.receive(group, p, R)
 
         weakref.finalize(self, p.register_post_accumulate_grad_hook(take).remove)
+
+    @torch.no_grad()
+    def receive(self, group: dict[str, Any], p: Tensor, R: Tensor) -> None:
+        """Add R, the gradient of p in the coordinates of its group's directions, to what the next step will use. (optim/released.py hands it in.)"""
+        if R.numel():
+            R = coordinates.restrict_whole_side_(group, R.to(working_dtype(p.dtype)).contiguous())
+            self._released[p] = R if p not in self._released else self._released[p].add_(R)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
