@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import get, get_class
+from ..methods import get
 from ..methods.base import Memory
 from .measure import Phases, live_bytes
 
@@ -117,10 +117,7 @@ def adamw(layer: nn.Linear, k: int) -> Trained:
 
 def ours(layer: nn.Linear, k: int, **options: Any) -> Trained:
     """The method osft with these options."""
-    if unknown := options.keys() - get_class("osft").Options.model_fields.keys() - ({"form"} if options.get("form") == "coordinates" else set()):
-        raise Missing(f"method osft has no option {' and '.join(sorted(unknown))}")
-    known = {name: value for name, value in options.items() if name in get_class("osft").Options.model_fields}
-    method = get("osft", frozen_ratio=k, **known)
+    method = get("osft", frozen_ratio=k, **options)
     model = method.begin_task(Model(layer), None, Memory())
     return Trained(model, method.optimizer(method.param_groups(model), **ADAMW), method=method)
 
@@ -178,8 +175,8 @@ CONTENDERS: dict[str, Callable[[nn.Linear, int], Trained]] = {
     "adamw": adamw,
     "peft-osf": peft_osf,
     "mini-trainer": mini_trainer,
-    "coordinates": partial(ours, form="coordinates"),
-    "coordinates-release": partial(ours, form="coordinates", release_gradients=True),
+    "coordinates": ours,
+    "coordinates-kept": partial(ours, release_gradients=False),
     "adapter": partial(ours, form="adapter"),
 }
 

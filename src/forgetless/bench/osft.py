@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods import get
-from ..subspace import working_dtype
+from ..subspace import split
 from .layers import CONTENDERS, Side, Trained, fused, leak, missing
 from .measure import Phases, Times, interleaved, ratio, summary
 from .results import Results, commit, device_name, environment, load_average, table, versions
@@ -155,8 +154,8 @@ def measure(key: dict[str, Any], names: list[str], settings: dict[str, Any], dev
     x, dy = (torch.randn(tokens, n, generator=draw).to(W) for n in (inputs, out))
     x.requires_grad_()
     k = int(key["frozen"] * min(out, inputs))
-    constraint, _ = get("osft").part(W.to(working_dtype(W.dtype)), k, None)
-    closed = (("closed", constraint.outputs), ("closed", constraint.inputs))
+    U_high, _, V_high, _ = split(W, k)
+    closed = (("closed", U_high), ("closed", V_high))
     together, measured = groups(names, out * inputs * 4, limit), []
     for group in together:
         found = measure_group(group, W, k, x, dy, closed, settings)
