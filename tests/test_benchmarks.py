@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "scripts"))
 
+import comparison
 import forgetless as fl
-import gorp_ablation
 import runs
 
 
@@ -36,5 +36,5 @@ def test_a_run_of_other_settings_or_of_an_earlier_code_does_not_count_as_done(sm
 
 @pytest.mark.parametrize("rate", [2e-5, 1e-4, 4e-3])
 def test_every_trial_ends_at_a_tenth_of_its_own_rate(rate):
-    train = gorp_ablation.train(rate)
+    train = comparison.train(rate)
     assert train["learning_rate"] == rate and train["lr_scheduler_kwargs"]["lr_end"] == pytest.approx(rate / 10)

@@ -295,3 +295,24 @@ def test_the_released_arithmetic_runs_as_a_method(mode, small_run, tiny):
     assert any("q_proj" in n for n in moved) and any("gate_proj" in n for n in moved) == (mode != "as_released")
     spaces = load_memory(result.path / "tasks" / "01-animal" / "state").tensors
     assert bool(spaces) == (mode == "as_intended")
+
+
+def test_pefts_osf_runs_task_after_task_and_leaves_a_plain_model_whose_update_leaks(small_run, tiny):
+    """Each task decomposes the weights as they are then; after it they are whole again, and a part of the change lies where the method says it must not."""
+    import forgetless as fl
+    from forgetless import models
+    from forgetless.models import linear_modules
+
+    method = {"name": "benchmarks.peers.peft_osf_method:PeftOSF", "effective_rank": 0.5}
+    path = fl.run(small_run(method, tasks=("colour", "animal"))).path / "tasks"
+    base, first, second = (models.load(str(p))[0] for p in (tiny, path / "00-colour" / "model", path / "01-animal" / "model"))
+    assert [n for n, _ in base.named_parameters()] == [n for n, _ in second.named_parameters()]
+    for old, new in ((base, first), (first, second)):
+        leaks = []
+        for name, layer in linear_modules(old).items():
+            W, D = (t.detach().double() for t in (layer.weight, linear_modules(new)[name].weight - layer.weight))
+            U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+            U, V = U[:, : min(W.shape) // 2], Vh[: min(W.shape) // 2].mT
+            inside = D - U @ (U.mT @ D)
+            leaks.append(float((D - (inside - (inside @ V) @ V.mT)).norm() / D.norm()))
+        assert min(leaks) > 0.05

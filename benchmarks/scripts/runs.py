@@ -22,18 +22,28 @@ CODE = 2  # raised by hand when a fix changes numbers: results of an earlier cod
 
 
 def work_through(
-    queue: Queue, runs: Path, results: Path, command: str, workers: int = 2, only: str = "", extra: Callable[[dict], dict] | None = None
+    queue: Queue,
+    runs: Path,
+    results: Path,
+    command: str,
+    workers: int = 2,
+    only: str = "",
+    extra: Callable[[dict], dict] | None = None,
+    general: bool = False,
 ) -> None:
-    """Do what is missing of `queue` (the entry `only`, or those whose names hold it), writing `results` after each. extra(entries): what to add to the file."""
+    """Do what is missing of `queue` (the entry `only`, or those whose names hold it), writing `results` after each.
+
+    extra(entries): what to add to the file. general: measure each run's last model on general text too (general.py).
+    """
     todo = {only: queue[only]} if only in queue else {k: v for k, v in queue.items() if only in k}
     with ThreadPoolExecutor(workers) as pool:
-        for name, _ in zip(todo, pool.map(lambda item: work(*item, runs, results), todo.items()), strict=True):
+        for name, _ in zip(todo, pool.map(lambda item: work(*item, runs, results, general), todo.items()), strict=True):
             if name in collect(queue, runs, results, command, extra):
                 for weights in (runs / name).rglob("*.safetensors"):  # 2 GB a run; everything the result file is made of stays
                     weights.unlink()
 
 
-def work(name: str, settings: dict, runs: Path, results: Path) -> int:
+def work(name: str, settings: dict, runs: Path, results: Path, general: bool = False) -> int:
     """One run in a process of its own, one thread; nothing where its result is there already. Returns its exit status."""
     if name in recorded({name: settings}, runs, results):
         return 0
@@ -47,6 +57,9 @@ def work(name: str, settings: dict, runs: Path, results: Path) -> int:
     begun = time.time()
     with (runs / f"{name}.log").open("a") as log:
         status = subprocess.run([sys.executable, "-m", "forgetless", "run", str(path)], stderr=log, stdout=log, env=env, cwd=ROOT).returncode
+        if general and status == 0:
+            script = str(ROOT / "benchmarks" / "scripts" / "general.py")
+            status = subprocess.run([sys.executable, script, str(runs / name)], stderr=log, stdout=log, env=env, cwd=ROOT).returncode
     print(f"{name}: exit {status}, {time.time() - begun:.0f} s", flush=True)
     return status
 
@@ -68,12 +81,14 @@ def read(name: str, settings: dict, runs: Path) -> dict | None:
         return None
     last = folder / "tasks" / f"{len(tasks) - 1:02d}-{tasks[-1]}" / "predictions.jsonl"
     rows = sorted((json.loads(line) for line in last.read_text().splitlines()), key=lambda p: (p["task"], p["row"]))
+    general = {"general": json.loads((folder / "general.json").read_text())} if (folder / "general.json").is_file() else {}
     timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     return {
         "config": settings,
         "code": CODE,
         "versions": (folder / "run.yaml").read_text().splitlines()[0].removeprefix("# "),
         **{k: matrix[k] for k in ("tasks", "scores", "n", "ci95", "metrics", "failures")},
+        **general,
         "protection": [t for t in timing if t["event"] == "task"],
         # every row at the end, right 1 or wrong 0, by task and row: what paired differences are made of
         "final_rows": {s: {t: "".join(str(int(p["score"][s])) for p in rows if p["task"] == t) for t in tasks} for s in scorers},
