@@ -23,7 +23,8 @@ KINDS = ["qwen3", "gpt2", "t5"]
 METHODS = {
     "seqft": {"name": "seqft"}, "lora": {"name": "lora"}, "inclora": {"name": "inclora"}, "gorp": {"name": "gorp"},
     "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4}, "gorp-both": {"name": "gorp", "rank": 4, "side": "both"}, "gorp-paper": {"name": "gorp", "preset": "paper"},
-    "osft": {"name": "osft"},
+    "osft": {"name": "osft"}, "osft-adapter": {"name": "osft", "form": "adapter"},
+    "osft-adaptive": {"name": "osft", "frozen_ratio": "adaptive", "min_ratio": 0.5, "remember": "union"},
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_a_run_leaks_nothing_is_saved_as_measured_and_resumes(name, folder, smal
             assert (D @ V.double()).norm() <= 1e-5 * D.norm() + 2.0**-24 * (6 * V.shape[1] / V.shape[0]) ** 0.5 * new[module].weight.norm()
         timing = [json.loads(line) for line in (result.path / "timing.jsonl").read_text().splitlines()]
         assert timing[-1]["update_leak"] < 1e-5 and timing[-1]["coverage"]["colour"]["inputs"] > 0
-    if name == "osft":  # row 1 again: the second task's change against the leading singular directions of the first commit's weights
+    if name.startswith("osft"):  # row 1 again: the second task's change against the leading singular directions of the first commit's weights
         first = load(result.path / "tasks" / "00-colour" / "model")
         old, new = linear_modules(first), linear_modules(after)
         for module in old:

@@ -45,6 +45,7 @@ METHODS = {
     "lora": {"name": "lora", "lora_dropout": 0.0},
     "inclora": {"name": "inclora", "lora_dropout": 0.0},
     "osft": {"name": "osft"},
+    "osft-adapter": {"name": "osft", "form": "adapter"},
 }
 
 

@@ -31,6 +31,10 @@ class SubspaceLinear(nn.Module):
             torch.zeros(p, q, dtype=working_dtype(W.dtype), device=W.device)
         )  # fp32 also on a bf16 layer, which would swallow small steps
 
+    @property
+    def weight(self) -> Tensor:  # T5 looks at its layers' dtypes
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         z = x if torch.is_autocast_enabled(x.device.type) else x.to(self.C.dtype)
