@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # The same version in another build, for one machine: make demo TORCH_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?= torch==2.13.0
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 
 VENV := .venv

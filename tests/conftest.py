@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -89,18 +90,21 @@ def small_run(tiny, tmp_path):
     """config(method, **changes): a run of three tasks of a few steps on the tiny model."""
 
     def make(method="gorp", tasks=("colour", "animal", "mood"), **changes) -> dict:
-        settings = {
-            "model": tiny,
-            "tasks": [write_task(tmp_path / "data", name) for name in tasks],
-            "method": method if isinstance(method, dict) else {"name": method},
-            "train": {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True},
-            "evaluate": {"limit": 8},
-            "output_dir": str(tmp_path / "run"),
-        }
-        settings.update(changes)
-        return settings
+        return run_config(tiny, tmp_path, method, tasks) | changes
 
     return make
+
+
+def run_config(model, folder: Path, method, tasks) -> dict:
+    """A run of a few steps a task on a tiny model, with its data and its record in `folder`."""
+    return {
+        "model": model,
+        "tasks": [write_task(folder / "data", name) for name in tasks],
+        "method": method if isinstance(method, dict) else {"name": method},
+        "train": {"learning_rate": 1e-3, "max_steps": 6, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True},
+        "evaluate": {"limit": 8},
+        "output_dir": str(folder / "run"),
+    }
 
 
 @pytest.fixture

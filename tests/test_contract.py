@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model_folder
+from conftest import make_model_folder, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
@@ -44,12 +44,25 @@ VARIANTS = {
     "osft-adapter-union": {"form": "adapter", "remember": "union"},
 }  # fmt: skip
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
-every = pytest.mark.parametrize(("name", "options"), EVERY, ids=list(VARIANTS))
-constrained = pytest.mark.parametrize(
-    ("name", "options"),
-    [e for e in EVERY if e[0] in ("gorp", "osft") and e[1].get("use_shared_space", True)],
-    ids=[v for v in VARIANTS if v.startswith(("gorp", "osft")) and "no_space" not in v],
-)
+# all rows of a variant in one process of the test run, where they share what `finished` has run
+PARAMS = {v: pytest.param(*e, id=v, marks=pytest.mark.xdist_group(v)) for v, e in zip(VARIANTS, EVERY, strict=True)}
+every = pytest.mark.parametrize(("name", "options"), PARAMS.values())
+constrained = pytest.mark.parametrize(("name", "options"), [p for v, p in PARAMS.items() if v.startswith(("gorp", "osft")) and "no_space" not in v])
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """(name, options) -> (config, result) of a run of two tasks; done once for all tests that only look at it."""
+    done = {}
+
+    def run(name, options):
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in done:
+            config = run_config(tiny, tmp_path_factory.mktemp("finished"), {"name": name, **options}, ("colour", "animal"))
+            done[key] = config, fl.run(config)
+        return done[key]
+
+    return run
 
 
 def test_every_method_of_the_registry_is_here():
@@ -249,8 +262,8 @@ def test_row_3_the_time_before_a_kill_counts(small_run, monkeypatch):
 
 
 @every
-def test_row_5_the_saved_model_is_the_one_that_was_measured(name, options, small_run):
-    result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal")))
+def test_row_5_the_saved_model_is_the_one_that_was_measured(name, options, finished):
+    _, result = finished(name, options)
     folder = RunFolder(result.path)
     for line in folder.lineage():
         saved = AutoModelForCausalLM.from_pretrained(result.path / "tasks" / f"{line['index']:02d}-{line['task']}" / "model")
@@ -271,8 +284,8 @@ def test_row_5_tied_weights_are_saved_and_hashed_once(tied, tmp_path, small_run)
 
 
 @every
-def test_row_6_parameters_outside_the_groups_stay_bit_identical(name, options, small_run, tiny):
-    result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal")))
+def test_row_6_parameters_outside_the_groups_stay_bit_identical(name, options, finished, tiny):
+    _, result = finished(name, options)
     base, after = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(result.path / "model")
     again = copy.deepcopy(base)
     method = get(name, **options)
@@ -365,15 +378,13 @@ def test_row_7_accumulation_gives_the_gradient_and_loss_of_one_large_batch(name,
 
 
 @every
-def test_row_8_same_seed_same_weights_and_lineage(name, options, small_run, tmp_path):
-    def lineage(where, seed=0):
-        result = fl.run(small_run({"name": name, **options}, tasks=("colour", "animal"), output_dir=str(tmp_path / where), seed=seed))
-        return (result.path / "lineage.jsonl").read_text()
-
-    one = lineage("one")
-    assert one == lineage("two")
-    hashes = [json.loads(line)["model_sha256"] for line in one.splitlines()]
-    assert hashes != [json.loads(line)["model_sha256"] for line in lineage("three", seed=1).splitlines()]
+def test_row_8_same_seed_same_weights_and_lineage(name, options, finished, tmp_path):
+    config, result = finished(name, options)
+    one = (result.path / "lineage.jsonl").read_text()
+    assert one == (fl.run(config | {"output_dir": str(tmp_path / "two")}).path / "lineage.jsonl").read_text()
+    other = fl.run(config | {"output_dir": str(tmp_path / "three"), "seed": 1, "tasks": config["tasks"][:1]})  # its first task says enough
+    hashes = [json.loads(text.splitlines()[0])["model_sha256"] for text in (one, (other.path / "lineage.jsonl").read_text())]
+    assert hashes[0] != hashes[1]
 
 
 @every
