@@ -65,6 +65,13 @@ def finished(tiny, tmp_path_factory):
     return run
 
 
+@every
+def test_options_as_a_run_writes_them_out_are_accepted_again(name, options):
+    """run.yaml spells every option out, defaults too."""
+    method = get(name, **options)
+    assert get(name, **method.options.model_dump()).options == method.options
+
+
 def test_every_method_of_the_registry_is_here():
     assert {name for name, _ in EVERY} == set(REGISTRY)
 

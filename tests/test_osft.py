@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 
@@ -185,13 +186,15 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
         ({"frozen_ratio": 12}, "nothing would be left to train"),
         ({"frozen_ratio": {"l0": 0.5}}, "no pattern that matches l1"),
         ({"target_modules": ["l9"]}, "matches no linear layer"),
-        ({"protect": "inputs", "frozen_ratio": 0.5}, "mean nothing"),
+        ({"protect": "inputs", "frozen_ratio": 0.6}, "mean nothing"),
         ({"protect_energy": 0.5}, "means nothing"),
         ({"max_share": 0.5}, "means nothing"),
         ({"min_ratio": 0.5}, "adaptive only"),
         ({"remember": "union", "protect": "inputs"}, "mean nothing"),
         ({"form": "adapter", "block": "paper"}, "no form: adapter"),
         ({"thin": True}, "form: adapter only"),
+        ({"thin": True, "form": "adapter", "protect": "inputs"}, "where directions of the weights are closed"),
+        ({"frozen_ratio": "adaptive", "target_ratio": 0.05}, "below min_ratio"),
         ({"release_gradients": True, "form": "adapter"}, "needs fixed coordinates"),
         ({"release_gradients": True, "block": "paper"}, "needs fixed coordinates"),
         ({"remember": "union", "max_share": 0.3}, "leaves no room"),
@@ -271,7 +274,8 @@ def trained(steps=12, rounds=2, micro=1, rows=16, shapes=SHAPES, own=True, **opt
     for task in range(rounds):
         method.begin_task(model, None, memory)
         settings = dict(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
-        optimizer = (method.optimizer if own else SubspaceAdamW)(method.param_groups(model), **settings)
+        groups = method.param_groups(model)
+        optimizer = method.optimizer(groups, **settings) if own else SubspaceAdamW([g | {"release": True} for g in groups], **settings)
         for step in range(steps):
             optimizer.zero_grad()
             for part in range(micro):
@@ -300,7 +304,11 @@ class Chain(torch.nn.Module):
 FITTING = ((20, 12), (12, 20), (12, 12))  # tall, wide, square: each takes what the one before gives
 
 
-@pytest.mark.parametrize("options", [{}, {"frozen_ratio": 3}, {"frozen_ratio": "schedule", "tasks": 3}, {"remember": "union"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"frozen_ratio": 3}, {"frozen_ratio": "schedule", "tasks": 3}, {"remember": "union"}, {"frozen_ratio": 0}],
+    ids=str,
+)
 def test_both_forms_take_the_same_steps(options):
     """With weight decay and clipping, over two tasks: the adapter is W's change written in the coordinates."""
     one, none, *_ = trained(shapes=FITTING, **options)
@@ -309,7 +317,78 @@ def test_both_forms_take_the_same_steps(options):
     for (name, a), b, w in zip(one.state_dict().items(), two.state_dict().values(), start.state_dict().values(), strict=True):
         assert (a - w).norm() > 0.05 * w.norm(), name
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
-    assert none == [None, None] and all(e is None or e["leak"] <= e["bound"] for e in leaks) and leaks[1]["leak"] > 0
+    assert (
+        none == [None, None] and all(e is None or e["leak"] <= e["bound"] for e in leaks) and (leaks[1]["leak"] > 0 or options == {"frozen_ratio": 0})
+    )  # nothing is closed
+
+
+@pytest.mark.parametrize("options", [{"protect": "inputs"}, {"protect": "both"}, {"protect": "both", "frozen_ratio": 0}], ids=str)
+def test_both_forms_take_the_same_steps_where_inputs_are_closed(options):
+    known = torch.linalg.qr(torch.randn(20, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    found = []
+    for form in ("coordinates", "adapter"):
+        model, method, memory = Chain(FITTING), get("osft", form=form, **options), Memory()
+        for name, layer in linear_modules(model).items():
+            basis = torch.linalg.qr(known[: layer.weight.shape[1], :3])[0]
+            memory.keep({name: Subspace(basis, torch.ones(3, dtype=torch.float64))})
+        method.begin_task(model, None, memory)
+        optimizer = method.optimizer(method.param_groups(model), lr=1e-2)
+        for seed in range(6):
+            x, y = (torch.randn(16, 12, generator=torch.Generator().manual_seed(10 * seed + i), dtype=torch.float64) for i in (0, 1))
+            optimizer.zero_grad()
+            ((model(x) - y) ** 2).mean().backward()
+            optimizer.step()
+        keep(model)
+        method.merge(model)
+        for name, layer in linear_modules(model).items():
+            D = layer.weight.detach() - Chain(FITTING).get_submodule(name).weight.detach()
+            assert (D @ memory.spaces()[name].basis).norm() < 1e-12 * D.norm()
+        found.append(model.state_dict())
+    for a, b in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_an_adapter_on_a_bf16_layer_learns_in_fp32_and_is_rounded_once():
+    model, method = Chain(SHAPES[:1]).to(torch.bfloat16), get("osft", form="adapter")
+    method.begin_task(model, None, Memory())
+    layer = model.l["l0"]
+    assert layer.C.dtype == layer.P.dtype == torch.float32
+    W = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.C.fill_(1e-3)
+    merged = (W.float() + layer.delta()).bfloat16()
+    assert model(torch.randn(2, 12).bfloat16()).dtype == torch.bfloat16
+    method.merge(model)
+    assert torch.equal(model.l["l0"].weight, merged) and method.merge_leak["leak"] < 1e-5  # of what was merged, before it is rounded
+
+
+def test_an_adapter_needs_a_task_begun_and_a_layer_with_a_forward_of_its_own_keeps_it():
+    with pytest.raises(ConfigError, match="begin_task first"):
+        get("osft", form="adapter").param_groups(Chain(SHAPES))
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.ModuleDict({"a": Twice(12, 12, bias=False, dtype=torch.float64)})
+    method, x = get("osft"), torch.randn(3, 12, dtype=torch.float64)
+    before = model["a"](x)
+    method.begin_task(model, None, Memory())
+    optimizer = method.optimizer(method.param_groups(model), lr=1e-2)
+    y = model["a"](x)
+    assert torch.equal(before, y)
+    y.sum().backward()
+    assert model["a"].weight.grad is None and len(optimizer._released) == 1  # by the hook
+
+
+def test_what_has_no_room_is_said_and_counted(caplog):
+    model, method, memory = Chain(((64, 64),)), get("osft", remember="union", max_share=0.6), Memory()
+    for seed in range(2):
+        torch.nn.init.normal_(model.l["l0"].weight, generator=torch.Generator().manual_seed(seed))
+        method.begin_task(model, None, memory)
+        assert bool(caplog.records) == (seed == 1)
+        method.end_task(model, None, memory)
+    assert method.report(memory)["evicted"] == 2 * (32 - 6) and "no room for 52 directions" in caplog.text
 
 
 def test_an_adapter_is_off_the_model_after_its_task_and_what_it_learned_is_in_the_weights():
@@ -381,7 +460,7 @@ def test_a_model_whose_layers_release_their_gradients_computes_what_it_did(kind,
     batch = Collate(model)([task.encode(tokenizer, Example(s, "red", 0)) for s in ("cat red dog", "happy")])
     for release in (False, True, "checkpointed") if kind == "llama" else (False, True):  # the others drop out where they train
         groups = method.param_groups(model)
-        optimizer = method.optimizer(groups, lr=1e-3) if release else SubspaceAdamW([g | {"release": False} for g in groups], lr=1e-3)
+        optimizer = method.optimizer(groups, lr=1e-3) if release else SubspaceAdamW(groups, lr=1e-3)
         if release == "checkpointed":
             model.gradient_checkpointing_enable()
             model.train()
@@ -418,9 +497,9 @@ def test_a_copy_of_a_model_whose_gradients_are_released_computes_with_its_own_we
 
 def test_a_released_gradient_is_gone_before_the_next_one_is_there():
     shapes = ((12, 12),) * 4
-    model, method = Chain(shapes), get("osft", release_gradients=True)
+    model, method = Chain(shapes), get("osft")
     method.begin_task(model, None, Memory())
-    optimizer, alive = SubspaceAdamW(method.param_groups(model), lr=1e-2), []
+    optimizer, alive = SubspaceAdamW([g | {"release": True} for g in method.param_groups(model)], lr=1e-2), []
     for p in model.parameters():  # after the optimizer's own hooks, which come first
         p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in model.parameters())))
     model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
@@ -559,19 +638,23 @@ def test_a_decomposition_is_found_again_by_its_weights_and_by_nothing_else(tmp_p
         made.clear()
 
 
-def test_a_resumed_task_does_not_decompose_again(small_run, monkeypatch):
+@pytest.mark.parametrize("call", [1, 5])  # before the first checkpoint, and after it
+def test_a_resumed_task_does_not_decompose_again(call, small_run, monkeypatch):
     from forgetless import decomposition
 
     made, split = [], decomposition.split
     monkeypatch.setattr(decomposition, "split", lambda W, k: made.append(k) or split(W, k))
+    released, release = [], importlib.import_module("forgetless.optim.released").release
+    monkeypatch.setattr("forgetless.optim.released.release", lambda layer, optimizer: released.append(layer) or release(layer, optimizer))
     config = small_run("osft", tasks=("colour",), checkpoint_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr("forgetless.trainer.answer_loss", killed_at(5))
+        patch.setattr("forgetless.trainer.answer_loss", killed_at(call))
         with pytest.raises(KeyboardInterrupt):
             fl.run(config)
     first = len(made)
+    released.clear()  # of the model that was killed
     path = fl.run(config).path
-    assert first > 0 and len(made) == first
+    assert released and first > 0 and len(made) == first and not any("forward" in m.__dict__ for m in released)
     assert not list(path.rglob("scratch"))  # it went with the commit
 
 

@@ -42,6 +42,9 @@ class PeftOSF(fl.Method):
         self.tuner = OSFModel(model, {"default": config}, "default")
         return model
 
+    def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict) -> nn.Module:
+        return self.begin_task(model, task, memory)  # decomposes the weights of the last commit again; the checkpoint's factors are loaded over them
+
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         found = {name: p for name, p in model.named_parameters() if "osf_svd_params" in name}
         return [{"params": list(found.values()), "names": list(found)}]

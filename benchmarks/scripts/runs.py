@@ -38,14 +38,14 @@ def work_through(
     todo = {only: queue[only]} if only in queue else {k: v for k, v in queue.items() if only in k}
     with ThreadPoolExecutor(workers) as pool:
         for name, _ in zip(todo, pool.map(lambda item: work(*item, runs, results, general), todo.items()), strict=True):
-            if name in collect(queue, runs, results, command, extra):
+            if complete(collect(queue, runs, results, command, extra).get(name), general):
                 for weights in (runs / name).rglob("*.safetensors"):  # 2 GB a run; everything the result file is made of stays
                     weights.unlink()
 
 
 def work(name: str, settings: dict, runs: Path, results: Path, general: bool = False) -> int:
     """One run in a process of its own, one thread; nothing where its result is there already. Returns its exit status."""
-    if name in recorded({name: settings}, runs, results):
+    if complete(recorded({name: settings}, runs, results).get(name), general):
         return 0
     runs.mkdir(parents=True, exist_ok=True)
     path = runs / f"{name}.yaml"
@@ -62,6 +62,11 @@ def work(name: str, settings: dict, runs: Path, results: Path, general: bool = F
             status = subprocess.run([sys.executable, script, str(runs / name)], stderr=log, stdout=log, env=env, cwd=ROOT).returncode
     print(f"{name}: exit {status}, {time.time() - begun:.0f} s", flush=True)
     return status
+
+
+def complete(entry: dict | None, general: bool) -> bool:
+    """Is there nothing left to do for this entry?"""
+    return entry is not None and (not general or "general" in entry)
 
 
 def made_with(name: str, runs: Path) -> dict | None:

@@ -25,8 +25,6 @@ class Checkpoints:
     def __init__(self, folder: Path, every: int | None, key: dict[str, Any]):
         self.folder, self.every, self.key = folder, every, key | {"world_size": distributed.world_size()}
         self.path = distributed.on_main(self._latest)
-        if self.path is None:
-            self.drop()  # of another attempt, with other settings
         self.found: dict[str, Any] = json.loads((self.path / "forgetless.json").read_text()) if self.path else {}
 
     def _latest(self) -> Path | None:
@@ -34,6 +32,8 @@ class Checkpoints:
             stamp = path / "forgetless.json"
             if stamp.is_file() and json.loads(stamp.read_text())["key"] == self.key:
                 return path
+        for path in _newest_first(self.folder):  # of another attempt, with other settings; what a method has put beside them goes by its own names
+            shutil.rmtree(path)
         return None
 
     @property

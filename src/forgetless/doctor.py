@@ -39,6 +39,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     from .methods import get
     from .methods.base import Memory
     from .optim import SubspaceAdamW
+    from .optim.coordinates import protects
     from .tasks import load_stream
     from .trainer import training_arguments
 
@@ -66,14 +67,16 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
                 "overlap": task.overlap,
             }
         )
+    held = method.held_bytes()  # an adapter's: only its constrained factors are copied
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
-            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes(),
+            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes()
+            + method.held_bytes(),
             "method_statistics_at_most": method.statistics_bytes(model),
-            "copy_for_the_weight_leak": sum(p.nbytes for g in groups for p in g["params"]) if method.constrained else 0,
+            "copy_for_the_weight_leak": sum(p.nbytes for g in groups if protects(g) or not held for p in g["params"]) if method.constrained else 0,
             "adamw_state_same_tensors": 8 * trained,
         },
         "tasks": tasks,

@@ -102,7 +102,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints, config.precision
         )
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
-        state_bytes = trained.state_bytes()
+        state_bytes = trained.state_bytes() + method.held_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
         gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
         model = method.end_task(model, task, memory)

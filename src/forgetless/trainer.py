@@ -29,6 +29,7 @@ from .tasks import Task
 DEFAULTS = {
     "learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "max_grad_norm": 1.0, "weight_decay": 0.0,
     "lr_scheduler_type": "constant", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,  # rotary frequencies and OSFT's bases: the same in every process, and DDP sends them once
 }  # fmt: skip
 
 

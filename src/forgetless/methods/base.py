@@ -137,6 +137,10 @@ class Method:
         """Most bytes of what on_step collects while a task trains, beside the optimizer's state."""
         return 0
 
+    def held_bytes(self) -> int:
+        """Bytes of fixed bases that the method keeps outside the optimizer while a task trains."""
+        return 0
+
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         """Module name -> basis V (in, k) of the input directions that are protected now, for the record of coverage."""
         return {}

@@ -24,6 +24,7 @@ nothing of the data.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from ..subspace_linear import SubspaceLinear, attach, attached
 from ..tasks import sample
 from .base import Memory, Method, Options
 
+log = logging.getLogger(__name__)
 Ratio = StrictInt | StrictFloat
 ROWS = 200  # of a task's training rows, whose inputs stand for it
 KINDS = ("outputs", "inputs")  # of the spaces that remember: union keeps
@@ -91,7 +93,9 @@ class OSFTOptions(Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{where}: no regular expression ({error})") from None
-        given = self.model_fields_set
+        given = {
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        }  # a run's run.yaml spells the defaults out
         if (self.frozen_ratio == "schedule") != (self.tasks is not None):
             raise ValueError("frozen_ratio: schedule goes with tasks: N, how many tasks there will be; neither means anything without the other")
         if self.frozen_ratio != "adaptive" and given & {"min_ratio", "target_ratio"}:
@@ -108,9 +112,11 @@ class OSFTOptions(Options):
             raise ValueError("block: paper leaves closed inputs open to some outputs, which protect: both does not; use low_low, or protect: weights")
         if self.form == "adapter" and self.block == "paper":
             raise ValueError("block: paper permits updates that no product U_l C V_l^T holds, so it has no form: adapter; use form: coordinates")
-        if self.thin and self.form != "adapter":
-            raise ValueError("thin: true means something with form: adapter only")
-        if "release_gradients" in given and not self.fixed_coordinates:
+        if self.thin and (self.form != "adapter" or self.protect == "inputs" or self.frozen_ratio == 0):
+            raise ValueError("thin: true means something with form: adapter only, and where directions of the weights are closed")
+        if self.target_ratio < self.min_ratio:
+            raise ValueError(f"target_ratio {self.target_ratio:g} is below min_ratio {self.min_ratio:g}, so importance could only ever mean nothing")
+        if self.release_gradients and not self.fixed_coordinates:
             raise ValueError("release_gradients needs fixed coordinates: form: coordinates, block: low_low and protect: weights or both")
         return self
 
@@ -146,7 +152,8 @@ class OSFT(Method):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.parts: dict[str, Part] = {}
-        self.released: list[nn.Module] = []  # layers whose gradients are read within backward
+        self.trained: dict[Tensor, nn.Module] = {}  # weight -> its layer
+        self.dropped = 0  # directions that max_share had no room for
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
@@ -158,7 +165,9 @@ class OSFT(Method):
                 raise ConfigError(
                     f"method osft: the weight of {name} is quantised ({W.dtype}) and cannot be decomposed or changed; load the model unquantised"
                 )
-            room = max(room, int(o.max_share * W.shape[1]) - (0 if o.protect == "inputs" else self.frozen(model, name, min(W.shape), last)))
+            k = 0 if o.protect == "inputs" else self.frozen(model, name, min(W.shape), last)
+            sides = W.shape if o.remember == "union" else W.shape[1:]
+            room = max(room, min(int(o.max_share * side) - k for side in sides))
         if (o.protect == "both" or o.remember == "union") and room < 1:
             raise ConfigError(
                 f"method osft: beside frozen_ratio, max_share {o.max_share:g} leaves no room in any layer for what else is to be closed; raise it"
@@ -187,7 +196,7 @@ class OSFT(Method):
         self.merge(model)
         memory.info["tasks"] = memory.info.get("tasks", 0) + 1
         for kind, side in zip(KINDS, (0, 1), strict=True) if o.remember == "union" else ():
-            memory.keep({name: part.closed[side].to("cpu") for name, part in self.parts.items() if part.closed}, kind)
+            memory.keep({name: part.closed[side] for name, part in self.parts.items() if part.closed}, kind)
         if o.protect != "weights" or o.frozen_ratio == "adaptive":
             rows = sample(task.train, ROWS, seed=0)
             self.look(model, [task.encode(self.tokenizer, row)["input_ids"] for row in rows], memory, task.name)
@@ -243,7 +252,7 @@ class OSFT(Method):
 
         ratio: Any = self.options.frozen_ratio
         if ratio == "schedule":
-            ratio = min(memory.info.get("tasks", 0), self.options.tasks - 1) / self.options.tasks
+            ratio = min(memory.info.get("tasks", 0), self.options.tasks - 1) * directions // self.options.tasks
         elif ratio == "adaptive":
             ratio = self.adaptive(block_of(model, name), memory)
         elif isinstance(ratio, dict):
@@ -269,7 +278,7 @@ class OSFT(Method):
     def prepare(self, model: nn.Module, memory: Memory) -> None:
         """The Part of every target matrix: one after another, so that one decomposition is in memory at a time."""
         o, layers = self.options, self.layers(model)
-        self.parts, self.merge_leak = {}, None
+        self.parts, self.merge_leak, self.dropped = {}, None, 0
         inputs = memory.spaces() if o.protect != "weights" else {}
         outs, ins = (memory.spaces(kind) if o.remember == "union" else {} for kind in KINDS)
         self.progress.stage("decomposing the weights", len(layers))
@@ -277,9 +286,13 @@ class OSFT(Method):
             W = logical(layer.weight, layer).detach()
             W = W.to(working_dtype(W.dtype))
             k = 0 if o.protect == "inputs" else self.frozen(model, name, min(W.shape), memory)
-            found = (space if space is None else space.to(W) for space in (outs.get(name), ins.get(name), inputs.get(name)))
-            self.parts[name] = self.part(W, k, *found, cache=self.scratch)
+            known = (space if space is None else space.to(W) for space in (outs.get(name), ins.get(name), inputs.get(name)))
+            self.parts[name] = self.part(W, k, *known, cache=self.scratch)
             self.progress.advance(done)
+        if self.dropped:
+            log.warning(
+                "osft: max_share %g has no room for %d directions of least energy; they are not protected in this task", o.max_share, self.dropped
+            )
 
     def part(
         self, W: Tensor, k: int, outputs: Subspace | None = None, inputs: Subspace | None = None, S: Subspace | None = None, cache: Path | None = None
@@ -291,7 +304,7 @@ class OSFT(Method):
         o, (m, n) = self.options, W.shape
         U_high, U_low, V_high, V_low = cached_split(W, k, cache) if k else (W.new_zeros(m, 0), None, W.new_zeros(n, 0), None)
         U, V = self.join(U_high, outputs), self.join(V_high, inputs, S)
-        closed = (with_energy(W.mT, U, outputs), with_energy(W, V, inputs)) if o.remember == "union" else None
+        closed = (with_energy(W.mT, U, outputs).to("cpu"), with_energy(W, V, inputs).to("cpu")) if o.remember == "union" else None
         if o.block == "paper":
             return Part(
                 Constraint(outputs=U, inputs=V, forbid="both") if U.shape[1] and V.shape[1] else Constraint(inputs=W.new_zeros(n, 0)), None, closed
@@ -299,13 +312,13 @@ class OSFT(Method):
         # a side with more dimensions than singular directions stays whole: the rest of them may learn too
         P = None if m > n or not U.shape[1] else complement(U) if U.shape[1] > k or U_low is None else U_low
         Q = None if n > m or not V.shape[1] else complement(V) if V.shape[1] > k or V_low is None else V_low
-        if o.form == "coordinates" and k == 0:
+        if k == 0:
             P = Q = None  # inputs alone: few directions are closed, and Adam on the weight's own entries is the cheaper and the better known
-        if o.thin and k and m != n:
+        if o.thin and k and m != n:  # of what W makes of its open directions, a weak part too: it is there to be learned in
             if m > n:
-                P = orthonormalize(W @ Q, against=U, scale=torch.linalg.matrix_norm(W))
+                P = orthonormalize(W @ Q, against=U, scale=0.0)
             else:
-                Q = orthonormalize(W.mT @ P, against=V, scale=torch.linalg.matrix_norm(W))
+                Q = orthonormalize(W.mT @ P, against=V, scale=0.0)
         # an empty space is there so that weight decay pulls toward the task's start
         constraint = Constraint(outputs=U if P is None and U.shape[1] else None, inputs=V if Q is None else None)
         return Part(constraint, None if P is None and Q is None else (P, Q), closed)
@@ -314,18 +327,22 @@ class OSFT(Method):
         """V (n, k) and the directions of most energy of `spaces` outside it, orthonormal, as many as max_share leaves room for: never everything is closed."""
         rows = [rows_of(space) for space in spaces if space is not None and space.rank]
         room = int(self.options.max_share * len(V)) - V.shape[1]
-        if not rows or room < 1:
+        if not rows:
             return V
         A = torch.cat(rows)
         rest = project_out(A, V)
         if not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(A):
             return V
-        return torch.cat([V, orthonormalize(top_subspace(rest, room).basis, against=V, scale=1.0)], 1)
+        found = top_subspace(rest).basis
+        self.dropped += max(found.shape[1] - max(room, 0), 0)
+        return torch.cat([V, orthonormalize(found[:, : max(room, 0)], against=V, scale=1.0)], 1)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        if not self.parts and self.options.form == "adapter":
+            raise ConfigError("method osft: form: adapter trains beside the weights; call begin_task first, and end_task to merge what was learned")
         if not self.parts:  # nobody has begun a task: as before the first
             self.build(model, Memory())
-        adapters, groups, self.released = attached(model), [], []
+        adapters, groups, self.trained = attached(model), [], {}
         for name, layer in self.layers(model).items():
             part = self.parts[name]
             if name in adapters:
@@ -334,9 +351,8 @@ class OSFT(Method):
                 )
                 continue
             group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": part.constraint, "transposed": stored_transposed(layer)}
-            groups.append(group | {"directions": part.directions, "release": self.releases and part.directions is not None})
-            if groups[-1]["release"]:
-                self.released.append(layer)
+            groups.append(group | {"directions": part.directions})
+            self.trained[layer.weight] = layer
         return groups
 
     @property
@@ -348,11 +364,16 @@ class OSFT(Method):
         from ..optim import SubspaceAdamW
         from ..optim.released import release
 
-        optimizer = super().optimizer(groups, **settings)
-        assert isinstance(optimizer, SubspaceAdamW)
-        for layer in self.released:
-            release(layer, optimizer)
+        released = [self.releases and group.get("directions") is not None for group in groups]
+        optimizer = SubspaceAdamW([group | {"release": r} for group, r in zip(groups, released, strict=True)], **settings)
+        for group, r in zip(groups, released, strict=True):
+            for p in group["params"] if r else ():
+                release(self.trained[p], optimizer)
         return optimizer
+
+    def held_bytes(self) -> int:
+        parts = self.parts.values() if self.options.form == "adapter" else ()
+        return sum(B.nbytes for part in parts for B in part.directions or () if B is not None)
 
     # -- the record ------------------------------------------------------------------------------------------------------------------
 
@@ -363,21 +384,23 @@ class OSFT(Method):
         spaces = {} if o.protect == "weights" else memory.spaces()
         found = {name: space.basis for name, space in spaces.items()}
         for name, part in self.parts.items() if o.protect != "inputs" else ():
-            V = part.closed_inputs().cpu()
+            V, dropped = part.closed_inputs().cpu(), self.dropped
             found[name] = self.join(V, spaces[name].to(V)) if name in spaces else V
+            self.dropped = dropped
         return {name: V for name, V in found.items() if V.shape[1]}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
+        dropped = self.dropped  # in this task; what protected_inputs joins below is another question
         blocks = {name: part.constraint.inputs for name, part in self.parts.items() if part.constraint.forbid == "both"}
         bases = blocks or self.protected_inputs(memory)
         if not bases:
             return None
-        ranks = [V.shape[1] for V in bases.values()]
+        ranks, evicted = [V.shape[1] for V in bases.values()], dropped
         share = sum(V.shape[1] / V.shape[0] for V in bases.values()) / len(bases)
         held = [
             B for part in self.parts.values() for B in (part.constraint.inputs, part.constraint.outputs, *(part.directions or ())) if B is not None
         ]
-        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": 0}
+        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": evicted}
         return numbers | {"bytes": sum(B.nbytes for B in held)}
 
 

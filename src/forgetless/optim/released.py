@@ -34,7 +34,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, take: ReleasedForward) -> Tensor:
         ctx.take, ctx.dtype = take, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(x.device.type)
             x, W = x.to(dtype), W.to(dtype)
         ctx.save_for_backward(x, W)
@@ -54,11 +54,11 @@ class ReleasedForward:
     def __init__(self, layer: nn.Module, group: dict[str, Any], optimizer: SubspaceAdamW):
         self.layer, self.group, self.optimizer = layer, group, weakref.ref(optimizer)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         layer, W = self.layer, self.layer.weight
         if not torch.is_grad_enabled() or not W.requires_grad or self.optimizer() is None:
-            return type(layer).forward(layer, x)
-        y = _Linear.apply(x, W.mT if self.group["flipped"] else W, self)
+            return type(layer).forward(layer, input)
+        y = _Linear.apply(input, W.mT if self.group["flipped"] else W, self)
         return y if layer.bias is None else y + layer.bias.detach().to(y.dtype)
 
     def receive(self, dY: Tensor, X: Tensor) -> None:
@@ -71,12 +71,19 @@ class ReleasedForward:
 def release(layer: nn.Module, optimizer: SubspaceAdamW) -> None:
     """From now on `layer` hands `optimizer`, which trains its weight in given directions, the gradient in their coordinates. Raises ValueError where it does not.
 
-    Ends with keep(layer), or with the optimizer.
+    A layer with a forward of its own is left alone: the optimizer's hook reads its gradient once it is there. Ends with keep(model), or with the optimizer.
     """
     group = next((g for g in optimizer.param_groups for p in g["params"] if p is layer.weight), None)
     if group is None or group["directions"] is None:
         raise ValueError("release: the optimizer does not train this layer's weight in given directions")
-    layer.forward = ReleasedForward(layer, group, optimizer)
+    if type(layer).forward in _plain_forwards():
+        layer.forward = ReleasedForward(layer, group, optimizer)
+
+
+def _plain_forwards() -> tuple:
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Linear.forward, Conv1D.forward
 
 
 def keep(model: nn.Module) -> None:
