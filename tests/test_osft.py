@@ -408,6 +408,19 @@ def test_an_adapter_forms_no_gradient_of_the_weight_and_keeps_small_state():
     assert optimizer.state_bytes() == 2 * 9 * 8 + 4
 
 
+def test_a_layer_under_two_names_has_one_adapter_under_both():
+    model, method = torch.nn.ModuleDict({"a": matrices((12, 12))["l0"]}), get("osft", form="adapter")
+    model["b"] = model["a"]
+    method.begin_task(model, None, Memory())
+    assert model["a"] is model["b"]
+    torch.nn.init.ones_(model["a"].C)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    y = model["b"](model["a"](x))
+    method.merge(model)
+    assert model["a"] is model["b"] and type(model["a"]) is torch.nn.Linear
+    torch.testing.assert_close(model["b"](model["a"](x)), y)
+
+
 def test_thin_keeps_the_change_within_the_singular_directions():
     for shape in ((20, 12), (12, 20)):
         start = Chain((shape,)).l["l0"].weight.detach()

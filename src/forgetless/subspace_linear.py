@@ -58,9 +58,12 @@ class SubspaceLinear(nn.Module):
 
 
 def attach(model: nn.Module, name: str, layer: SubspaceLinear | nn.Module) -> None:
-    """Put `layer` in the place of the module called `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    """Put `layer` in the place of the module called `name`, under each name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):  # named_children gives each module once
+            if child is old and parent is not layer:
+                setattr(parent, leaf, layer)
 
 
 def attached(model: nn.Module) -> dict[str, SubspaceLinear]:
