@@ -188,6 +188,7 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
         ({"target_modules": ["l9"]}, "matches no linear layer"),
         ({"protect": "inputs", "frozen_ratio": 0.6}, "mean nothing"),
         ({"protect_energy": 0.5}, "means nothing"),
+        ({"frozen_ratio": "adaptive"}, "finds no blocks"),
         ({"max_share": 0.5}, "means nothing"),
         ({"min_ratio": 0.5}, "adaptive only"),
         ({"remember": "union", "protect": "inputs"}, "mean nothing"),

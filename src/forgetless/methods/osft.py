@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..decomposition import cached_split
 from ..errors import ConfigError
+from ..importance import block_importance, block_of
 from ..models import logical, match_modules, stored_transposed
 from ..subspace import Constraint, Subspace, complement, orthonormalize, project_out, tolerance, top_subspace, working_dtype
 from ..subspace_linear import SubspaceLinear, attach, attached
@@ -172,6 +173,10 @@ class OSFT(Method):
             raise ConfigError(
                 f"method osft: beside frozen_ratio, max_share {o.max_share:g} leaves no room in any layer for what else is to be closed; raise it"
             )
+        if o.frozen_ratio == "adaptive" and not any(block_of(model, name) for name in self.layers(model)):
+            raise ConfigError(
+                "method osft: frozen_ratio: adaptive finds no blocks in this model (modules in an nn.ModuleList); give a number or a map"
+            )
         if o.release_gradients and distributed.world_size() > 1:
             raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
 
@@ -209,7 +214,6 @@ class OSFT(Method):
 
     def look(self, model: nn.Module, prompts: list[list[int]], memory: Memory, source: str) -> None:
         """What is to be measured on the inputs `prompts`: their spaces, and how important each block is to them."""
-        from ..importance import block_importance
         from ..protect import input_spaces
 
         o, layers = self.options, self.layers(model)
@@ -222,9 +226,8 @@ class OSFT(Method):
             self.progress.stage(f"{source}: the blocks' importance", len(prompts))
             found = memory.info["importance"] = block_importance(model, layers, prompts, self.progress.advance)
             shares = [self.adaptive(block, memory) for block in found]
-            self.progress.say(
-                f"{source}: cosine of a block's input and output {min(found.values()):.3f} to {max(found.values()):.3f}; closed next: {min(shares):.1%} to {max(shares):.1%}"
-            )
+            cosines = f"{min(found.values()):.3f} to {max(found.values()):.3f}"
+            self.progress.say(f"{source}: cosine of a block's input and output {cosines}; closed next: {min(shares):.1%} to {max(shares):.1%}")
 
     @torch.no_grad()
     def merge(self, model: nn.Module) -> None:
@@ -248,8 +251,6 @@ class OSFT(Method):
 
     def frozen(self, model: nn.Module, name: str, directions: int, memory: Memory) -> int:
         """k of a module with so many singular directions. Raises ConfigError where nothing would be left, or nothing is said."""
-        from ..importance import block_of
-
         ratio: Any = self.options.frozen_ratio
         if ratio == "schedule":
             ratio = min(memory.info.get("tasks", 0), self.options.tasks - 1) * directions // self.options.tasks
