@@ -90,6 +90,22 @@ def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0)
     return model(**known(model, **inputs, logits_to_keep=logits_to_keep), use_cache=False)
 
 
+def read(model: nn.Module, prompts: list[list[int]], advance: Any = None) -> None:
+    """Pass each prompt (token ids) through the model in eval mode, for hooks to look at; a decoder of its own gets its first token. advance(done) after each."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for done, ids in enumerate(prompts, 1):
+            batch = {"input_ids": torch.tensor([ids], device=device)}
+            if is_seq2seq(model):
+                batch["decoder_input_ids"] = torch.tensor([[Collate(model).first]], device=device)
+            forward(model, batch, logits_to_keep=1)
+            if advance:
+                advance(done)
+    finally:
+        model.train(was_training)
+
+
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:
     """Mean cross-entropy of the answer tokens: sum over them / num_items (all answer tokens of the optimizer step), or / their own number.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Collate, forward, is_seq2seq
+from .batches import read
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -43,18 +43,9 @@ def block_importance(model: nn.Module, modules: Iterable[str], prompts: list[lis
 
     blocks = sorted({block for name in modules if (block := block_of(model, name)) is not None})
     handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in blocks]
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
     try:
-        for done, ids in enumerate(prompts, 1):
-            batch = {"input_ids": torch.tensor([ids], device=device)}
-            if is_seq2seq(model):
-                batch["decoder_input_ids"] = torch.tensor([[Collate(model).first]], device=device)
-            forward(model, batch, logits_to_keep=1)
-            if advance:
-                advance(done)
+        read(model, prompts, advance)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return {name: total / count for name, (total, count) in sums.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Collate, forward, is_seq2seq
+from .batches import read
 from .chat import parse
 from .errors import DataError, nearest
 from .rows import raw_rows, text_of
@@ -93,18 +93,9 @@ def input_spaces(
         return see
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
     try:
-        for done, ids in enumerate(prompts, 1):
-            batch = {"input_ids": torch.tensor([ids], device=device)}
-            if is_seq2seq(model):
-                batch["decoder_input_ids"] = torch.tensor([[Collate(model).first]], device=device)
-            forward(model, batch, logits_to_keep=1)
-            if advance:
-                advance(done)
+        read(model, prompts, advance)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     spaces, evicted = {}, 0
