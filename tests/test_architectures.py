@@ -24,7 +24,7 @@ METHODS = {
     "seqft": {"name": "seqft"}, "lora": {"name": "lora"}, "inclora": {"name": "inclora"}, "gorp": {"name": "gorp"},
     "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4}, "gorp-both": {"name": "gorp", "rank": 4, "side": "both"}, "gorp-paper": {"name": "gorp", "preset": "paper"},
     "osft": {"name": "osft"}, "osft-adapter": {"name": "osft", "form": "adapter"},
-    "osft-adaptive": {"name": "osft", "frozen_ratio": "adaptive", "min_ratio": 0.5, "remember": "union"},
+    "osft-adaptive": {"name": "osft", "frozen_ratio": "adaptive", "min_ratio": 0.5, "target_ratio": 0.6, "remember": "union"},
 }  # fmt: skip
 
 
