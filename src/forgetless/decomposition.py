@@ -24,6 +24,7 @@ def cached_split(W: Tensor, k: int, folder: Path | None) -> Split:
     """
     if folder is None:
         return split(W, k)
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     path = folder / f"{fingerprint(W, k)}.safetensors"
@@ -36,7 +37,7 @@ def cached_split(W: Tensor, k: int, folder: Path | None) -> Split:
             if fits(W, k, parts):
                 return parts
             reason = "is of other weights"
-        except Exception as error:  # safetensors raises its own kind for a file that is cut short
+        except (SafetensorError, OSError) as error:
             reason = f"cannot be read ({error})"
         log.warning("the cached decomposition %s %s; it is made again", path, reason)
     parts = split(W, k)

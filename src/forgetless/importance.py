@@ -1,7 +1,7 @@
 """How much each block of a model leaves its input as it is: OSFT's layer importance, mean cos(X, block(X)) over tokens ("Sculpting Subspaces", arXiv 2504.07097, section 3).
 
-The paper takes the cosine of each matrix' input and output. On a real model that is noise about zero, and means nothing where the two have different lengths
-(SmolLM2-135M: mean -0.001, dev/LOG.md), so it is taken of whole blocks, whose input and output live in the same space.
+The paper takes the cosine of each matrix' input and output, which live in different spaces and may have different lengths. So it is taken of whole blocks, whose
+input and output live in the same one.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ class Part:
 
     constraint: Constraint
     directions: tuple[Tensor | None, Tensor | None] | None
-    closed: tuple[Subspace, Subspace] | None  # of the outputs and the inputs
+    closed: tuple[Subspace, Subspace] | None = None  # of the outputs and the inputs
+    dropped: int = 0  # directions that max_share had no room for
 
     def closed_inputs(self) -> Tensor:
         """Basis (in, b) of the inputs whose outputs stay as they are."""
@@ -154,7 +155,6 @@ class OSFT(Method):
         super().__init__(**options)
         self.parts: dict[str, Part] = {}
         self.trained: dict[Tensor, nn.Module] = {}  # weight -> its layer
-        self.dropped = 0  # directions that max_share had no room for
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class OSFT(Method):
     def prepare(self, model: nn.Module, memory: Memory) -> None:
         """The Part of every target matrix: one after another, so that one decomposition is in memory at a time."""
         o, layers = self.options, self.layers(model)
-        self.parts, self.merge_leak, self.dropped = {}, None, 0
+        self.parts, self.merge_leak = {}, None
         inputs = memory.spaces() if o.protect != "weights" else {}
         outs, ins = (memory.spaces(kind) if o.remember == "union" else {} for kind in KINDS)
         self.progress.stage("decomposing the weights", len(layers))
@@ -290,10 +290,8 @@ class OSFT(Method):
             known = (space if space is None else space.to(W) for space in (outs.get(name), ins.get(name), inputs.get(name)))
             self.parts[name] = self.part(W, k, *known, cache=self.scratch)
             self.progress.advance(done)
-        if self.dropped:
-            log.warning(
-                "osft: max_share %g has no room for %d directions of least energy; they are not protected in this task", o.max_share, self.dropped
-            )
+        if dropped := sum(part.dropped for part in self.parts.values()):
+            log.warning("osft: max_share %g has no room for %d directions of least energy; they are not protected in this task", o.max_share, dropped)
 
     def part(
         self, W: Tensor, k: int, outputs: Subspace | None = None, inputs: Subspace | None = None, S: Subspace | None = None, cache: Path | None = None
@@ -304,12 +302,12 @@ class OSFT(Method):
         """
         o, (m, n) = self.options, W.shape
         U_high, U_low, V_high, V_low = cached_split(W, k, cache) if k else (W.new_zeros(m, 0), None, W.new_zeros(n, 0), None)
-        U, V = self.join(U_high, outputs), self.join(V_high, inputs, S)
+        (U, lost), (V, more) = self.join(U_high, outputs), self.join(V_high, inputs, S)
+        lost += more
         closed = (with_energy(W.mT, U, outputs).to("cpu"), with_energy(W, V, inputs).to("cpu")) if o.remember == "union" else None
         if o.block == "paper":
-            return Part(
-                Constraint(outputs=U, inputs=V, forbid="both") if U.shape[1] and V.shape[1] else Constraint(inputs=W.new_zeros(n, 0)), None, closed
-            )
+            constraint = Constraint(outputs=U, inputs=V, forbid="both") if U.shape[1] and V.shape[1] else Constraint(inputs=W.new_zeros(n, 0))
+            return Part(constraint, None, closed, lost)
         # a side with more dimensions than singular directions stays whole: the rest of them may learn too
         P = None if m > n or not U.shape[1] else complement(U) if U.shape[1] > k or U_low is None else U_low
         Q = None if n > m or not V.shape[1] else complement(V) if V.shape[1] > k or V_low is None else V_low
@@ -322,21 +320,19 @@ class OSFT(Method):
                 Q = orthonormalize(W.mT @ P, against=V, scale=0.0)
         # an empty space is there so that weight decay pulls toward the task's start
         constraint = Constraint(outputs=U if P is None and U.shape[1] else None, inputs=V if Q is None else None)
-        return Part(constraint, None if P is None and Q is None else (P, Q), closed)
+        return Part(constraint, None if P is None and Q is None else (P, Q), closed, lost)
 
-    def join(self, V: Tensor, *spaces: Subspace | None) -> Tensor:
-        """V (n, k) and the directions of most energy of `spaces` outside it, orthonormal, as many as max_share leaves room for: never everything is closed."""
+    def join(self, V: Tensor, *spaces: Subspace | None) -> tuple[Tensor, int]:
+        """V (n, k) and the directions of most energy of `spaces` outside it, orthonormal, as many as max_share leaves room for; and how many it does not."""
         rows = [rows_of(space) for space in spaces if space is not None and space.rank]
-        room = int(self.options.max_share * len(V)) - V.shape[1]
         if not rows:
-            return V
+            return V, 0
         A = torch.cat(rows)
         rest = project_out(A, V)
         if not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(A):
-            return V
-        found = top_subspace(rest).basis
-        self.dropped += max(found.shape[1] - max(room, 0), 0)
-        return torch.cat([V, orthonormalize(found[:, : max(room, 0)], against=V, scale=1.0)], 1)
+            return V, 0
+        found, room = top_subspace(rest).basis, max(int(self.options.max_share * len(V)) - V.shape[1], 0)
+        return torch.cat([V, orthonormalize(found[:, :room], against=V, scale=1.0)], 1), max(found.shape[1] - room, 0)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         if not self.parts and self.options.form == "adapter":
@@ -385,23 +381,21 @@ class OSFT(Method):
         spaces = {} if o.protect == "weights" else memory.spaces()
         found = {name: space.basis for name, space in spaces.items()}
         for name, part in self.parts.items() if o.protect != "inputs" else ():
-            V, dropped = part.closed_inputs().cpu(), self.dropped
-            found[name] = self.join(V, spaces[name].to(V)) if name in spaces else V
-            self.dropped = dropped
+            V = part.closed_inputs().cpu()
+            found[name] = self.join(V, spaces[name].to(V))[0] if name in spaces else V
         return {name: V for name, V in found.items() if V.shape[1]}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
-        dropped = self.dropped  # in this task; what protected_inputs joins below is another question
         blocks = {name: part.constraint.inputs for name, part in self.parts.items() if part.constraint.forbid == "both"}
         bases = blocks or self.protected_inputs(memory)
         if not bases:
             return None
-        ranks, evicted = [V.shape[1] for V in bases.values()], dropped
+        ranks, dropped = [V.shape[1] for V in bases.values()], sum(part.dropped for part in self.parts.values())
         share = sum(V.shape[1] / V.shape[0] for V in bases.values()) / len(bases)
         held = [
             B for part in self.parts.values() for B in (part.constraint.inputs, part.constraint.outputs, *(part.directions or ())) if B is not None
         ]
-        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": evicted}
+        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": dropped}
         return numbers | {"bytes": sum(B.nbytes for B in held)}
 
 
