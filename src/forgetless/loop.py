@@ -27,6 +27,7 @@ from .evaluation.matrix import AccuracyMatrix
 from .lineage import RunFolder, model_sha256, write_atomic
 from .methods import get
 from .methods.base import Memory, Method
+from .products import full_precision
 from .progress import Progress
 from .protect import encode, fingerprint, read_prompts
 from .record import (
@@ -97,7 +98,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
             model = method.resume_task(model, task, memory, checkpoints.method_state())
         else:
-            model = method.begin_task(model, task, memory)
+            with full_precision():
+                model = method.begin_task(model, task, memory)
         trained = train_task(
             model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints, config.precision
         )
@@ -105,7 +107,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         state_bytes = trained.state_bytes() + method.held_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
         gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
-        model = method.end_task(model, task, memory)
+        with full_precision():
+            model = method.end_task(model, task, memory)
         leak = method.merge_leak or leak
         trained_at = time.perf_counter()
 

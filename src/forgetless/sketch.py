@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .products import product
 from .subspace import working_dtype
 
 
@@ -31,7 +32,7 @@ class Sketch:
         else:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.updates) % 2**63)
             omega = torch.randn(self.probes, m, generator=generator).to(G.device, G.dtype)
-            Y = omega @ G
+            Y = product(omega, G)
         energy = float(torch.linalg.vector_norm(G)) * scale
         # the probes estimate ||G||^2 with an error of some per cent, which would blur the energy rule; it is known exactly, so say it
         Y = Y * (energy / torch.linalg.vector_norm(Y).clamp_min(torch.finfo(Y.dtype).tiny))

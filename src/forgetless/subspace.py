@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .products import add_product_, product
+
 TOLERANCE = 1e-5  # directions below this fraction of the largest singular value are noise in fp32
 TOLERANCE_FP64 = 1e-12
 
@@ -52,8 +54,8 @@ def project_out(A: Tensor, V: Tensor | None) -> Tensor:
     """A (m, n) without its part in span(V), V (n, k) orthonormal: A - (A V) V^T. Twice, because once leaves eps * ||A|| of it."""
     if V is None or V.shape[1] == 0:
         return A
-    A = A - (A @ V) @ V.mT
-    return A - (A @ V) @ V.mT
+    A = A - product(product(A, V), V.mT)
+    return A - product(product(A, V), V.mT)
 
 
 def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
@@ -64,11 +66,11 @@ def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
     """
     if V is None or V.shape[1] == 0:
         return A
-    Y = A @ V
+    Y = product(A, V)
     # elsewhere than on a CPU the question would cost more than the answer: a wait for the device
     once = A.device.type == "cpu" and bool(torch.linalg.vector_norm(Y) ** 2 < 0.99 * torch.linalg.vector_norm(A) ** 2)
-    A.addmm_(Y, V.mT, alpha=-1)
-    return A if once else A.addmm_(A @ V, V.mT, alpha=-1)
+    add_product_(A, Y, V.mT, alpha=-1)
+    return A if once else add_product_(A, product(A, V), V.mT, alpha=-1)
 
 
 def complement(V: Tensor) -> Tensor:
@@ -105,23 +107,32 @@ def _qr(A: Tensor) -> Tensor:
     return (Q * R.diagonal().sign()).contiguous()
 
 
-def top_subspace(A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2) -> Subspace:
-    """The k leading right singular directions of A (m, n), strongest first, with energy = squared singular values.
+def top_subspace(
+    A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2, off: Tensor | None = None
+) -> Subspace:
+    """The k leading right singular directions of A (m, n), or of A (I - V V^T) for V = `off`, strongest first, with energy = squared singular values.
 
     method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
-    `start` (n, k); approximate, a handful of thin products). Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
+    `start` (n, l), l >= k; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only). Directions under the
+    tolerance are dropped, so fewer than k may come back, none for a zero A.
     """
     m, n = A.shape
     k = min(m, n) if k is None else min(k, m, n)
+    if method != "power":
+        A = project_out(A, off)
     if method == "power":
         if start is None:
             raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
-        Q = start
-        for _ in range(iterations):
-            Q = torch.linalg.qr(A.mT @ (A @ Q))[0]
-        Y = A @ Q  # (m, k): Rayleigh-Ritz inside span(Q), so that the columns come out ordered by energy
-        lam, P = torch.linalg.eigh((Y.mT @ Y).double())
-        V, energy = (Q.double() @ P).flip(1), lam.flip(0)
+        Q = project_out(start.mT, off).mT
+        for i in range(iterations):
+            U = product(A, Q)  # (m, l)
+            U = torch.linalg.qr(U)[0] if i == iterations - 1 else U
+            Q = project_out(product(A.mT, U).mT, off).mT  # (n, l)
+            Q = torch.linalg.qr(Q)[0] if i < iterations - 1 else Q
+        # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
+        lam, P = torch.linalg.eigh((Q.mT @ Q).double())
+        lam, P = lam.flip(0), P.flip(1)
+        V, energy = (Q.double() @ P) / lam.clamp_min(torch.finfo(lam.dtype).tiny).sqrt(), lam
     elif method == "svd":
         _, s, Vh = torch.linalg.svd(A, full_matrices=False)
         V, energy = Vh.mT, s**2
@@ -258,9 +269,9 @@ def split(W: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | No
         # a leading direction this close to the first low one may have changed places with it
         if noise * (energy[:k] < energy[k] + noise).sum() <= SHUFFLED * energy[:k].sum():
             break
-    X, low = A @ E[:, :k], None
+    X, low = product(A, E[:, :k]), None
     if square:  # singular directions on this side too, A E_low made orthonormal off high, took a sixth more time for the whole
-        high, low = torch.linalg.qr(X, mode="complete")[0].tensor_split((k,), dim=1)
+        high, low = _completed(X)
     elif bool((16 * energy[:k] <= energy[0]).any()):
         high = _nearest_orthonormal(X)
     else:  # columns of A E are orthogonal to noise / energy: here as good as E's own, and to be scaled only
@@ -277,11 +288,31 @@ SHUFFLED = 1e-6
 def _gram(A: Tensor) -> Tensor:
     """The lower triangle of A^T A (n, n), A (m, n), which is all that eigh reads; above it are numbers without meaning. Five eighths of the whole product."""
     n = A.shape[1]
+    rows = A.mT.contiguous()
     G = A.new_zeros(n, n)
     step = -(-n // 4)
     for i in range(0, n, step):
-        G[i : i + step, : i + step] = A[:, i : i + step].mT @ A[:, : i + step]
+        G[i : i + step, : i + step] = product(rows[i : i + step], rows[: i + step].mT)
     return G
+
+
+def _completed(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (m, k) of a QR of X (m, k), k <= m, and an orthonormal basis (m, m - k) of all that is orthogonal to it.
+
+    The product of the k reflections as I - Y T Y^T (Schreiber and Van Loan 1989), with T^-1 = the upper triangle of Y^T Y, and 1 / tau on its diagonal (Puglisi
+    1992): products of large matrices, where LAPACK goes through the reflections in small blocks.
+    """
+    m, k = X.shape
+    H, tau = torch.geqrf(X)
+    if k == 0 or not bool((tau != 0).all()):  # a column with nothing below its diagonal is reflected by nothing
+        return torch.linalg.qr(X, mode="complete")[0].tensor_split((k,), dim=1)
+    Y = H.tril(-1)
+    Y.diagonal().fill_(1)
+    inverse = product(Y.mT, Y).triu(1)
+    inverse.diagonal().copy_(1 / tau)
+    Q = product(Y, torch.linalg.solve_triangular(inverse, Y.mT, upper=True)).neg_()
+    Q.diagonal().add_(1)
+    return Q.tensor_split((k,), dim=1)
 
 
 def _nearest_orthonormal(X: Tensor) -> Tensor:
@@ -295,7 +326,7 @@ def _nearest_orthonormal(X: Tensor) -> Tensor:
     D.diagonal().sub_(1)
     # the series' next term is 5/16 D^3; a zero column makes D no number, and the comparison false
     if torch.linalg.matrix_norm(D) < torch.finfo(X.dtype).eps ** (1 / 3):
-        return torch.addmm(Y, Y, torch.addmm(D, D, D, alpha=-0.75), alpha=-0.5)
+        return add_product_(Y.clone(), Y, add_product_(D.clone(), D, D, alpha=-0.75), alpha=-0.5)
     return torch.linalg.qr(X)[0]
 
 
@@ -425,17 +456,18 @@ class Constraint:
         return D
 
     def forbidden_norm(self, D: Tensor) -> float:
-        """||the part of D that must not be there||, measured through the small products, so that it is not itself round-off."""
+        """||the part of D that must not be there||, through the small products and in D's precision: in fp32 what is below 1e-7 ||D|| is round-off."""
         if self.mask is not None:
             return float(D[~self.mask].double().norm())
-        U, V = self.outputs, self.inputs
-        D = D.double()
+        U, V = (None if B is None else B.to(D) for B in (self.outputs, self.inputs))
         if self.forbid == "both":
-            return float((U.mT.double() @ D @ V.double()).norm())
-        right = float((D @ V.double()).norm()) if V is not None and V.shape[1] else 0.0
-        rest = D - (D @ V.double()) @ V.mT.double() if right else D
-        left = float((U.mT.double() @ rest).norm()) if U is not None and U.shape[1] else 0.0
-        return (right**2 + left**2) ** 0.5
+            return float(product(product(U.mT, D), V).double().norm())
+        inside = product(D, V) if V is not None and V.shape[1] else D.new_zeros(D.shape[0], 0)
+        outside = D.new_zeros(0, D.shape[1])
+        if U is not None and U.shape[1]:
+            outside = product(U.mT, D)
+            outside = outside - product(product(U.mT, inside), V.mT) if inside.shape[1] else outside
+        return float(torch.stack([inside.double().norm(), outside.double().norm()]).norm())
 
 
 def leak(D: Tensor, constraint: Constraint) -> float:
@@ -445,5 +477,4 @@ def leak(D: Tensor, constraint: Constraint) -> float:
     0.7071
     """
     norm = float(D.double().norm())
-    constraint = constraint.to(D.device, working_dtype(D.dtype))
-    return constraint.forbidden_norm(D) / norm if norm > 0 else 0.0
+    return constraint.to(D.device, torch.float64).forbidden_norm(D.double()) / norm if norm > 0 else 0.0

@@ -6,10 +6,13 @@ gradient of W, as large as W, is never formed. A side without directions stays w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .models import logical
+from .products import product
 from .subspace import working_dtype
 
 
@@ -37,8 +40,9 @@ class SubspaceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        z = x if torch.is_autocast_enabled(x.device.type) else x.to(self.C.dtype)
-        z = z if self.Q is None else z @ self.Q
+        if not torch.is_autocast_enabled(x.device.type):
+            return y + _Branch.apply(x.to(self.C.dtype), self.C, self.P, self.Q).to(y.dtype)
+        z = x if self.Q is None else x @ self.Q
         z = nn.functional.linear(z, self.C)
         z = z if self.P is None else nn.functional.linear(z, self.P)
         return y + z.to(y.dtype)
@@ -46,8 +50,8 @@ class SubspaceLinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """P C Q^T (out, in)."""
-        left = self.C if self.P is None else self.P @ self.C
-        return left.detach() if self.Q is None else left @ self.Q.mT
+        left = self.C if self.P is None else product(self.P, self.C)
+        return left.detach() if self.Q is None else product(left, self.Q.mT)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -55,6 +59,33 @@ class SubspaceLinear(nn.Module):
         W = logical(self.base_layer.weight, self.base_layer)
         W.copy_((W.to(self.C.dtype) + self.delta()).to(W.dtype))
         return self.base_layer.requires_grad_(True)
+
+
+class _Branch(torch.autograd.Function):
+    """P C Q^T x of x (..., in), with a gradient for x and C."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, C: Tensor, P: Tensor | None, Q: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        z = flat if Q is None else product(flat, Q)
+        ctx.save_for_backward(z, C, P, Q)
+        y = product(z, C.mT)
+        y = y if P is None else product(y, P.mT)
+        return y.reshape(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        z, C, P, Q = ctx.saved_tensors
+        (dY,) = gradients
+        g = dY.reshape(-1, dY.shape[-1])
+        g = g if P is None else product(g, P)
+        dC = product(g.mT, z) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = product(g, C)
+            dx = dx if Q is None else product(dx, Q.mT)
+            dx = dx.reshape(*dY.shape[:-1], dx.shape[1])
+        return dx, dC, None, None
 
 
 def attach(model: nn.Module, name: str, layer: SubspaceLinear | nn.Module) -> None:

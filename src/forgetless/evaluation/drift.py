@@ -105,7 +105,7 @@ def leak_of(group: dict[str, Any], W: Tensor, start: Tensor, steps: int) -> dict
     if size == 0:
         return None
     bound = leak_bound(group, W, size, steps)
-    return {"leak": coordinates.forbidden_norm(group, D) / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
+    return {"leak": coordinates.forbidden_norm(group, D.double()) / size, "bound": bound / size, "name": (group.get("names") or ["?"])[0]}
 
 
 def worse(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any] | None:

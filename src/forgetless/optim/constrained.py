@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..products import full_precision
 from ..subspace import Constraint, working_dtype
 
 
@@ -40,6 +41,7 @@ def constrain(optimizer: torch.optim.Optimizer, constraints: dict[Tensor, Constr
         before.update({p: p.detach().clone() for p in constraints})  # also without a gradient yet: a closure makes it inside step
 
     @torch.no_grad()
+    @full_precision()
     def restrict(*_) -> None:
         for p, W in before.items():
             dtype = working_dtype(p.dtype)

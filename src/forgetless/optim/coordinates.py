@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspace import orthonormalize, project_out, project_out_, rotate_moments, tolerance, top_subspace
+from ..products import product
+from ..subspace import orthonormalize, project_out_, rotate_moments, tolerance, top_subspace
 from .rounding import seeded
 
 SIDES = ("inputs", "outputs", "both")
@@ -65,14 +66,14 @@ def closed_share(group: dict[str, Any], shape: torch.Size) -> float:
 
 
 def forbidden_norm(group: dict[str, Any], D: Tensor) -> float:
-    """||the part of D that must not be there|| of a change D of the weight as stored: what the constraint forbids, and all outside given directions. In fp64."""
-    inner = D = D.double()
+    """||the part of D that must not be there|| of a change D of the weight as stored: what the constraint forbids, and all outside given directions. In D's precision."""
+    inner = D
     P, Q = (None if B is None else B.to(D) for B in group.get("directions") or (None, None))
-    inner = inner if Q is None else (inner @ Q) @ Q.mT
-    inner = inner if P is None else P @ (P.mT @ inner)
+    inner = inner if Q is None else product(product(inner, Q), Q.mT)
+    inner = inner if P is None else product(P, product(P.mT, inner))
     constraint = group.get("constraint")
     inside = 0.0 if constraint is None else constraint.to(D.device, D.dtype).forbidden_norm(inner)
-    return (float((D - inner).norm()) ** 2 + inside**2) ** 0.5
+    return (float((D - inner).double().norm()) ** 2 + inside**2) ** 0.5
 
 
 def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
@@ -146,10 +147,10 @@ def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int,
     if "basis" not in state:
         return None
     if group["side"] != "both":
-        return (read(group, G) @ state["basis"]).contiguous()
+        return product(read(group, G), state["basis"])
     if not covers(group):
         G = group["constraint"].permitted(G)
-    R = state["basis_left"].mT @ (read(group, G) @ state["basis"])
+    R = state["basis_left"].mT @ product(read(group, G), state["basis"])
     # in its own singular directions a gradient is diagonal: the rest of R is round-off, and Adam, which divides by it, would make steps of full length of that
     return R * (R.abs() > tolerance(R.dtype) * R.abs().max())
 
@@ -157,8 +158,8 @@ def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int,
 def in_directions(group: dict[str, Any], G: Tensor) -> Tensor:
     """P^T G Q in the group's given directions; a side without them stays whole, and may still hold what is protected there."""
     P, Q = group["directions"]
-    R = G if Q is None else G @ Q
-    return (R if P is None else P.mT @ R).contiguous()
+    R = G if Q is None else product(G, Q)
+    return (R if P is None else product(P.mT, R)).contiguous()
 
 
 def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple[int, int, int]) -> None:
@@ -168,22 +169,21 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     scale = torch.linalg.matrix_norm(G)
     if r < 1 or not scale > 0:
         return
-    if group["side"] == "both" and group["constraint"] is not None:
-        A = read(group, group["constraint"].permitted(G))  # (m, n)
-    else:
-        A = project_out(read(group, G), V)
-    if not torch.linalg.matrix_norm(A) > tolerance(A.dtype) * scale:
-        return  # the whole gradient lies in the protected space
+    both = group["side"] == "both" and group["constraint"] is not None
+    A = read(group, group["constraint"].permitted(G) if both else G)  # (m, n)
+    off = None if both else V
     old = state.get("basis")
     if group["refresh"] in ("svd", "exact"):
-        Q = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram").basis
+        found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=off)
     elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
-        Q = top_subspace(A, r, "power", start=old, iterations=1).basis
+        found = top_subspace(A, r, "power", start=old, iterations=1, off=off)
     else:
         # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
         start = torch.randn(n, min(2 * r, n), generator=seeded(*seeds), dtype=torch.float32).to(A.device, A.dtype)
-        Q = top_subspace(A, r, "power", start=start).basis
-    Q = orthonormalize(Q, against=V)
+        found = top_subspace(A, r, "power", start=start, off=off)
+    if not found.energy.sum().sqrt() > tolerance(A.dtype) * scale:
+        return  # the whole gradient lies in the protected space
+    Q = orthonormalize(found.basis, against=V)
     P = orthonormalize(A @ Q, against=U) if group["side"] == "both" else None  # (m, r): A Q = P diag(sigma) for singular directions Q
     if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
         return
@@ -212,7 +212,7 @@ def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tupl
     """Two thin factors L, K with dW = L K in the weight's shape, for a step delta (m, r) or (r, r) in the coordinates."""
     if group["directions"] is not None:
         P, Q = group["directions"]
-        return (P, delta) if Q is None else (delta if P is None else P @ delta, Q.mT)
+        return (P, delta) if Q is None else (delta if P is None else product(P, delta), Q.mT)
     left, Q = delta if group["side"] != "both" else state["basis_left"] @ delta, state["basis"]
     return (Q, left.mT) if flipped(group) else (left, Q.mT)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..products import product
+
 if TYPE_CHECKING:
     from .subspace_adamw import SubspaceAdamW
 
@@ -21,11 +23,11 @@ def read(dY: Tensor, X: Tensor, P: Tensor | None, Q: Tensor | None) -> Tensor:
     p, q = m if P is None else P.shape[1], n if Q is None else Q.shape[1]
     outputs, inputs = (m * p if P is not None else 0), (n * q if Q is not None else 0)
     if tokens * (outputs + inputs + p * q) <= tokens * m * n + inputs * m + (m * p * q if P is not None else 0):
-        left, right = dY if P is None else dY @ P.to(dY.dtype), X if Q is None else X @ Q.to(X.dtype)
-        return left.mT @ right
-    G = dY.mT @ X
-    G = G if Q is None else G.to(Q.dtype) @ Q
-    return G if P is None else P.mT @ G.to(P.dtype)
+        left, right = dY if P is None else product(dY, P.to(dY.dtype)), X if Q is None else product(X, Q.to(X.dtype))
+        return product(left.mT, right)
+    G = product(dY.mT, X)
+    G = G if Q is None else product(G.to(Q.dtype), Q)
+    return G if P is None else product(P.mT, G.to(P.dtype))
 
 
 class _Linear(torch.autograd.Function):
@@ -45,7 +47,7 @@ class _Linear(torch.autograd.Function):
         x, W = ctx.saved_tensors
         (dY,) = gradients
         ctx.take.receive(dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return (dY @ W).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+        return product(dY, W).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
 class ReleasedForward:

@@ -16,18 +16,23 @@ Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), als
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..products import add_product_, full_precision, product
 from ..subspace import Constraint, working_dtype
 from . import coordinates, rounding
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
 NOT_SAVED = ("constraint", "directions", "names", "release")
+BATCH = 1 << 22  # numbers that go through Adam in one call
+
+Used = tuple[dict[str, Any], Tensor, Tensor, int]  # in one step: group, weight, R, the weight's place among all
 
 
 class SubspaceAdamW(torch.optim.Optimizer):
@@ -151,13 +156,19 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with full_precision():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
         used = [(group, p, R, i) for group, p, R, i in used if R is not None]
         self._clip([R for _, _, R, _ in used])
-        leaks = [self._update(group, p, R, i) for group, p, R, i in used]
+        leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
-        self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
-        return loss
+        self.update_leak = (
+            max(leaks) if leaks and self.track_leak and constrained else None
+        )  # where nothing is protected there is nothing to leak into
 
     def _each(self):
         return ((group, p) for group in self.param_groups for p in group["params"])
@@ -217,29 +228,38 @@ class SubspaceAdamW(torch.optim.Optimizer):
         for R in gradients:
             R.mul_(factor.to(R.device, R.dtype))
 
-    def _update(self, group: dict[str, Any], p: Tensor, R: Tensor, index: int) -> float:
-        """Adam on R, then the weight. Returns the leak of the update as computed, before it is rounded into the weight."""
-        state = self.state[p]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=R.device)  # where the fused kernels want it
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
-        if group["rank"] is not None or rounding.counts_updates(p, group["precision"]):
-            state["updates"] = state.get("updates", torch.zeros((), dtype=torch.int64)) + 1
-        rounding.prepare(p, state, group["precision"])
-        W = rounding.exact(p, state)
-        # everything but a plain tensor steps a zero buffer first: the buffer IS the update, so it can be projected, lifted, scaled and measured
-        plain = not coordinates.reduced(group) and group["constraint"] is None and W is not None and W.is_contiguous()
-        target = W if plain else torch.zeros_like(R)
-        adamw(
-            [target], [R], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            fused=R.dtype != torch.float64 and R.device.type in ("cpu", "cuda"), foreach=False, amsgrad=False, maximize=False,
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            lr=float(group["lr"]) * group["lr_scale"], weight_decay=group["weight_decay"] if plain else 0.0,
-        )  # fmt: skip
-        if plain:
-            rounding.settle(p, W)
-            return 0.0
-        return self._apply(group, p, target, index)
+    def _update(self, batch: list[Used]) -> list[float]:
+        """Adam on every R, one call for all that share its settings, then the weights. Returns each update's leak as computed, before it is rounded into the weight."""
+        together: dict[tuple, list[tuple]] = defaultdict(list)
+        for group, p, R, index in batch:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=R.device)  # where the fused kernels want it
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
+            if group["rank"] is not None or rounding.counts_updates(p, group["precision"]):
+                state["updates"] = state.get("updates", torch.zeros((), dtype=torch.int64)) + 1
+            rounding.prepare(p, state, group["precision"])
+            W = rounding.exact(p, state)
+            # everything but a plain tensor steps a zero buffer first: the buffer IS the update, so it can be projected, lifted, scaled and measured
+            plain = not coordinates.reduced(group) and group["constraint"] is None and W is not None and W.is_contiguous()
+            target = W if plain else torch.zeros_like(R)
+            rate, decay = float(group["lr"]) * group["lr_scale"], group["weight_decay"] if plain else 0.0
+            fused = R.dtype != torch.float64 and R.device.type in ("cpu", "cuda")
+            tensors = (target, R, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            together[rate, decay, *group["betas"], group["eps"], fused].append((group, p, index, plain, *tensors))
+        leaks = []
+        for (rate, decay, beta1, beta2, eps, fused), alike in together.items():
+            groups, weights, indices, plains, targets, gradients, first, second, steps = map(list, zip(*alike, strict=True))
+            adamw(
+                targets, gradients, first, second, [], steps,
+                fused=fused, foreach=False, amsgrad=False, maximize=False, lr=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay,
+            )  # fmt: skip
+            for group, p, index, plain, target in zip(groups, weights, indices, plains, targets, strict=True):
+                if plain:
+                    rounding.settle(p, target)
+                else:
+                    leaks.append(self._apply(group, p, target, index))
+        return leaks
 
     def _apply(self, group: dict[str, Any], p: Tensor, delta: Tensor, index: int) -> float:
         """Lift the step to the weight's shape, decay, take off what is forbidden, add it to the weight. Returns the leak."""
@@ -254,12 +274,12 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if coordinates.covers(group) and not rate:
                 W = rounding.exact(p, state)
                 if W is None:
-                    rounding.add(p, L @ K, state, group["precision"], seeds)
+                    rounding.add(p, product(L, K), state, group["precision"], seeds)
                 else:
-                    W.addmm_(L, K)
+                    add_product_(W, L, K)
                     rounding.settle(p, W)
                 return coordinates.leak(group, state, delta) if self.track_leak else 0.0
-            delta = L @ K  # decay and whatever the coordinates do not keep out need the dense update
+            delta = product(L, K)  # decay and whatever the coordinates do not keep out need the dense update
         if rate:
             W = rounding.value(p, state)
             delta = delta - rate * (W - state["start"]) if "start" in state else delta - rate * W
@@ -319,6 +339,20 @@ class SubspaceAdamW(torch.optim.Optimizer):
         constraints = [group["constraint"] for group in self.param_groups if group["constraint"] is not None]
         directions = [B for group in self.param_groups for B in group["directions"] or ()]
         return [t for t in (*(t for c in constraints for t in (c.inputs, c.outputs, c.mask)), *directions) if t is not None]
+
+
+def _batches(used: list[Used]) -> Iterator[list[Used]]:
+    """`used` in order, in parts that together have no more than BATCH numbers: small tensors share one call, and the buffers of large ones do not pile up."""
+    batch: list[Used] = []
+    size = 0
+    for one in used:
+        if batch and size + one[2].numel() > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(one)
+        size += one[2].numel()
+    if batch:
+        yield batch
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
