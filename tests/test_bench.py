@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless.bench import osft
+from forgetless.bench import osft, step
 from forgetless.bench.__main__ import main
 from forgetless.bench.measure import Times, interleaved, live_bytes
 from forgetless.bench.results import Results
@@ -152,3 +152,39 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path, capsys):
     assert main([*OPTIONS, "--out", str(path)]) == 2
     assert "holds no cells" in capsys.readouterr().err and path.read_text() == "[1, 2]"
     assert Results(tmp_path / "none.json", osft.KEY).cells == []
+
+
+# -- step ------------------------------------------------------------------------------------------------------------------------------
+
+STEP = ["step", "--layers", "1", "--repeats", "2", "--refreshes", "1"]
+
+
+def test_a_step_is_measured_plain_and_choosing_and_its_state_has_nothing_hidden(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step.BLOCKS, "small", ([(48, 32), (32, 48)], 2))
+    path = tmp_path / "out.json"
+    names = ["adamw-foreach", "gorp", "gorp-warm", "gorp-open", "gorp-dense", "gorp-released"]
+    assert main([*STEP, "--shapes", "small", "--rank", "4", "--space", "6", "--contenders", *names, "--out", str(path)]) == 0
+    cell = json.loads(path.read_text())["cells"][0]
+    found = cell["contenders"]
+    assert list(found) == ["adamw", *names] and cell["elements"] == 2 * 48 * 32 and cell["settings"]["onednn"] in (True, False)
+    for name, own in found.items():
+        assert len(own["raw"]["cpu"]) == 2 and own["ratio"]["plain"] > 0
+        assert ("refresh" in own) == ("gap 10" in own["ratio"]) == (name in ("gorp", "gorp-warm", "gorp-open", "gorp-released"))
+        assert own.get("hidden_bytes", 0) == 0, name
+    assert found["adamw"]["bytes"] == 8 * 2 * 48 * 32 + 2 * 4  # two moments, a step count a tensor
+    # two moments (out, r), Q (in, r), S (in, k), a step count and a count of updates a tensor
+    assert found["gorp"]["bytes"] == sum(4 * (2 * m * 4 + n * 4 + n * 6) + 12 for m, n in ((48, 32), (32, 48)))
+    assert found["gorp"]["bytes"] - found["gorp-open"]["bytes"] == 4 * 6 * (32 + 48)
+    shown = capsys.readouterr().out
+    assert "small x 1" in shown and "gorp-warm" in shown
+    main([*STEP, "--shapes", "small", "--rank", "4", "--space", "6", "--contenders", *names, "--out", str(path)])
+    assert "measured before, kept" in capsys.readouterr().err
+
+
+def test_a_step_without_a_peer_and_a_rank_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "galore_torch", None)  # import fails
+    path = tmp_path / "out.json"
+    assert main([*STEP, "--rank", "2", "--space", "0", "--contenders", "galore-torch", "--out", str(path)]) == 0
+    assert list(json.loads(path.read_text())["cells"][0]["contenders"]) == ["adamw"] and "without galore-torch" in capsys.readouterr().out
+    assert main([*STEP, "--rank", "8", "--space", "190", "--out", str(path)]) == 2
+    assert "do not fit the narrowest layer of smollm2, of 192" in capsys.readouterr().err

@@ -73,6 +73,11 @@ def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
     return A if once else add_product_(A, product(A, V), V.mT, alpha=-1)
 
 
+def _less(Y: Tensor, V: Tensor | None) -> Tensor:
+    """Y (n, l) without its part in span(V), V (n, k): Y - V V^T Y, once, which leaves eps * ||Y|| of it."""
+    return Y if V is None or V.shape[1] == 0 else Y - product(V, product(V.mT, Y))
+
+
 def complement(V: Tensor) -> Tensor:
     """Orthonormal basis (n, n - k) of all that is orthogonal to V (n, k), orthonormal."""
     return torch.linalg.qr(V, mode="complete")[0][:, V.shape[1] :].contiguous()
@@ -90,14 +95,14 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
         return A.new_zeros(n, 0)
     if scale is None:
         scale = torch.linalg.matrix_norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
-    P = A if b == 0 else project_out(A.mT, against).mT
+    P = _less(A, against)
     Q, R = torch.linalg.qr(P)
     U, s, Vh = torch.linalg.svd(R)
     r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small and this runs once a refresh
     # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
     Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
     if r and b:
-        Q = project_out(Q.mT, against).mT
+        Q = _less(Q, against)
     return _qr(Q) if r else Q.contiguous()
 
 
@@ -123,11 +128,11 @@ def top_subspace(
     if method == "power":
         if start is None:
             raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
-        Q = project_out(start.mT, off).mT
+        Q = _less(start, off)  # here once is enough: what is left of `off` would only be found a little less well
         for i in range(iterations):
             U = product(A, Q)  # (m, l)
             U = torch.linalg.qr(U)[0] if i == iterations - 1 else U
-            Q = project_out(product(A.mT, U).mT, off).mT  # (n, l)
+            Q = _less(product(A.mT, U), off)  # (n, l)
             Q = torch.linalg.qr(Q)[0] if i < iterations - 1 else Q
         # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
         lam, P = torch.linalg.eigh((Q.mT @ Q).double())

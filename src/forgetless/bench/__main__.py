@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import ForgetlessError
-from . import osft
+from . import osft, step
 
-BENCHMARKS = {"osft": osft}
+BENCHMARKS = {"osft": osft, "step": step}
 
 
 def main(arguments: list[str] | None = None) -> int:

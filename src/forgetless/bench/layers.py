@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..methods import get
 from ..methods.base import Memory
 from .measure import Phases, live_bytes
+from .options import fused
 
 ADAMW = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
@@ -102,10 +103,6 @@ def torch_adamw(parameters, device: torch.device) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, **ADAMW, fused=fused(device))
 
 
-def fused(device: torch.device) -> bool:
-    return device.type in ("cpu", "cuda")
-
-
 # -- the contenders --------------------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +175,7 @@ CONTENDERS: dict[str, Callable[[nn.Linear, int], Trained]] = {
     "coordinates": ours,
     "coordinates-kept": partial(ours, release_gradients=False),
     "adapter": partial(ours, form="adapter"),
+    "adapter-thin": partial(ours, form="adapter", thin=True),
 }
 
 

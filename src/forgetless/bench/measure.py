@@ -47,13 +47,15 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def interleaved(contenders: dict[str, Phases], repeats: int, device: torch.device) -> dict[str, Times]:
-    """`repeats` rounds, in each one step of every contender. No warming up is done here, and no garbage is collected."""
+def interleaved(contenders: dict[str, Phases], repeats: int, device: torch.device, before: Callable[[], object] | None = None) -> dict[str, Times]:
+    """`repeats` rounds, in each one step of every contender. No warming up is done here, and no garbage is collected. before(): ahead of each step, not timed."""
     times = {name: Times() for name in contenders}
     gc.disable()
     try:
         for _ in range(repeats):
             for name, phases in contenders.items():
+                if before:
+                    before()
                 times[name].add(phases, device)
     finally:
         gc.enable()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..products import prefers_onednn
 from ..subspace import split
-from .layers import CONTENDERS, Side, Trained, fused, leak, missing
+from .layers import CONTENDERS, Side, Trained, leak, missing
 from .measure import Phases, Times, interleaved, ratio, summary
-from .results import Results, commit, device_name, environment, load_average, table, versions
+from .options import add_common, begin, clock, count, fused, results_file, say
+from .results import Results, commit, environment, load_average, table, versions
+from .shapes import BLOCKS, falling
 
 SUMMARY = "one linear layer under OSFT's constraint: seconds a step, bytes, seconds of initialisation, leak; beside PEFT, mini_trainer and AdamW"
 EXAMPLE = """examples:
@@ -32,8 +33,7 @@ A cell that the file holds with the same settings and versions is not measured a
 The optional peer: pip install --no-deps rhai-innovation-mini-trainer"""
 
 SHAPES = {  # (out, in) of the linear layers of a block
-    "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],  # SmolLM2-135M
-    "t5-large": [(1024, 1024), (4096, 1024), (1024, 4096)],
+    **{name: list(dict.fromkeys(layers)) for name, (layers, _) in BLOCKS.items() if name != "llama-7b"},
     "square": [(2048, 2048)],
     "llama-7b": [(4096, 4096), (11008, 4096)],
 }
@@ -62,13 +62,6 @@ def share(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=shape, default=list(SHAPES.values()), help=f"OUTxIN, or {', '.join(SHAPES)}; default: all of these"
@@ -78,32 +71,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--frozen", nargs="+", type=share, default=[0.5, 0.75], help="share of min(out, in) directions that is closed; default: 0.5 0.75"
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all; adamw always takes part")
-    parser.add_argument("--repeats", type=count, default=9, help="measured steps of each contender; default: 9, after 2 that are not measured")
     parser.add_argument("--init-repeats", type=count, default=1, help="measured initialisations of each contender; default: 1")
-    parser.add_argument("--threads", type=count, default=1, help="default: 1")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and inputs; default: fp32")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda; default: cpu")
     parser.add_argument(
         "--memory", type=float, help="GB that contenders may fill at once; beyond it they go in groups, each with adamw; default: 60 %% of the free"
     )
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/bench_osft_DEVICE.json")
-    parser.add_argument("--again", action="store_true", help="measure cells again that the file already holds")
+    add_common(parser, "osft", 9)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, write it cell by cell, and print the table of all cells asked for."""
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here")
-    torch.set_num_threads(options.threads)
+    common = begin(options)
     device, names = options.device, list(dict.fromkeys(["adamw", *options.contenders]))
     absent = missing(names, device, DTYPES[options.dtype])
     for name, reason in absent.items():
         say(f"without {name}: {reason}")
     names = [name for name in CONTENDERS if name in names and name not in absent]
-    settings = {"contenders": names, "dtype": options.dtype, "device": device_name(device), "threads": options.threads}
-    settings |= {"repeats": options.repeats, "init_repeats": options.init_repeats, "fused_adamw": fused(device)}
+    settings = common | {"contenders": names, "dtype": options.dtype, "init_repeats": options.init_repeats, "fused_adamw": fused(device)}
+    settings |= {"onednn": prefers_onednn()}
     limit = free_bytes(device) * 0.6 if options.memory is None else options.memory * 1e9
-    results = Results(options.out or Path("benchmarks/results") / f"bench_osft_{device.type}.json", KEY)
+    results = Results(results_file(options, "osft"), KEY)
     head = {"benchmark": "osft", "environment": environment(device), "missing": absent}
     shapes = dict.fromkeys(pair for pairs in options.shapes for pair in pairs)
     wanted = [dict(zip(KEY, (list(pair), tokens, frozen), strict=True)) for pair in shapes for frozen in options.frozen for tokens in options.tokens]
@@ -125,10 +112,6 @@ def run(options: argparse.Namespace) -> None:
     say(f"written to {results.path}")
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def describe(key: dict[str, Any]) -> str:
     return f"{key['shape'][0]}x{key['shape'][1]}, {key['tokens']} tokens, {key['frozen']:g} frozen"
 
@@ -136,20 +119,10 @@ def describe(key: dict[str, Any]) -> str:
 # -- one cell --------------------------------------------------------------------------------------------------------------------------
 
 
-def weight(out: int, inputs: int) -> Tensor:
-    """A seeded matrix (out, in) whose singular values fall as those of trained layers do, over more than a decade: a random one with scaled rows or columns.
-
-    What a decomposition costs depends on it: equally strong directions are easier to tell from noise.
-    """
-    W = torch.randn(out, inputs, generator=torch.Generator().manual_seed(0))
-    scales = torch.logspace(0, -1, min(out, inputs))
-    return 0.04 * (W * scales if inputs <= out else W * scales[:, None])
-
-
 def measure(key: dict[str, Any], names: list[str], settings: dict[str, Any], device: torch.device, limit: float) -> dict[str, Any]:
     """Every contender at one cell, in turns; in groups where `limit` bytes do not hold all of them at once."""
     (out, inputs), tokens = key["shape"], key["tokens"]
-    W = weight(out, inputs).to(device, DTYPES[settings["dtype"]])
+    W = falling(out, inputs).to(device, DTYPES[settings["dtype"]])
     draw = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(tokens, n, generator=draw).to(W) for n in (inputs, out))
     x.requires_grad_()
@@ -221,11 +194,6 @@ def update_leak(trained: Trained, phases: Phases, W: Tensor, closed: tuple[Side,
 
 
 # -- ratios ----------------------------------------------------------------------------------------------------------------------------
-
-
-def clock(settings: dict[str, Any]) -> str:
-    """CPU time where one thread does all the work, wall time elsewhere."""
-    return "cpu" if settings["device"] == "cpu" and settings["threads"] == 1 else "wall"
 
 
 def add_ratios(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
