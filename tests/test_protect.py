@@ -7,13 +7,17 @@ import json
 import pytest
 import torch
 from conftest import CHAT, make_model_folder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
 from forgetless import models
+from forgetless.batches import read
+from forgetless.config import load_config
 from forgetless.errors import ConfigError, DataError
 from forgetless.protect import encode, input_spaces, read_prompts
 from forgetless.subspace import coverage
+from forgetless.tasks import load_stream
 
 PROMPTS = ["cat sits", "dog runs happy", "red apple", "bird flies calm river"]
 
@@ -122,3 +126,23 @@ def test_other_prompts_begin_the_first_task_anew(small_run, tmp_path, monkeypatc
     calls = kill_at(monkeypatch, 0)
     fl.run(config)
     assert len(calls) == 6
+
+
+def test_a_decoder_of_its_own_is_seen_with_the_answers_it_learned(small_run, tmp_path):
+    """OSFT on an encoder-decoder model: the encoder reads prompts without answers, and the decoder's inputs are those of the whole answers."""
+    folder = make_model_folder(tmp_path / "m", kind="t5")
+    result = fl.run(small_run({"name": "osft", "protect": "inputs", "max_share": 0.99}, tasks=("colour",), model=folder))
+    model, tokenizer = models.load(str(result.path / "model"))
+    task = load_stream(load_config(small_run({"name": "osft"}, tasks=("colour",), model=folder))).tasks[0]
+    rows = [task.encode(tokenizer, row) for row in task.train]
+    memory = load_file(result.path / "tasks" / "00-colour" / "state" / "method.safetensors")
+    for part, tokens in (("encoder", lambda r: r["labels"].count(-100)), ("decoder", lambda r: len(r["labels"]) - r["labels"].count(-100))):
+        name = f"{part}.block.0.layer.0.SelfAttention.q"
+        seen = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach()[0]))
+        read(model, rows)
+        handle.remove()
+        assert [len(X) for X in seen] == [tokens(r) for r in rows], part
+        X = torch.cat(seen)
+        assert len(rows) <= len(X) and coverage(X / X.norm(dim=1, keepdim=True), memory[f"{name}.basis"]) > 0.85, part
+    assert max(len(r["labels"]) - r["labels"].count(-100) for r in rows) > 1  # a label and its end: more than the first position

@@ -90,16 +90,24 @@ def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0)
     return model(**known(model, **inputs, logits_to_keep=logits_to_keep), use_cache=False)
 
 
-def read(model: nn.Module, prompts: list[list[int]], advance: Any = None) -> None:
-    """Pass each prompt (token ids) through the model in eval mode, for hooks to look at; a decoder of its own gets its first token. advance(done) after each."""
+Readable = list[int] | dict[str, list[int]]  # a prompt's token ids, or an encoded row with its answer
+
+
+def read(model: nn.Module, prompts: list[Readable], advance: Any = None) -> None:
+    """Pass each prompt or row through the model in eval mode, for hooks to look at. advance(done) after each.
+
+    A decoder of its own reads a row's answer, as in training; of a prompt, which has none, its first token.
+    """
     device, was_training = next(model.parameters()).device, model.training
+    collate = Collate(model)
     model.eval()
     try:
-        for done, ids in enumerate(prompts, 1):
-            batch = {"input_ids": torch.tensor([ids], device=device)}
-            if is_seq2seq(model):
-                batch["decoder_input_ids"] = torch.tensor([[Collate(model).first]], device=device)
-            forward(model, batch, logits_to_keep=1)
+        for done, item in enumerate(prompts, 1):
+            ids = item["input_ids"] if isinstance(item, dict) else item
+            batch = {"input_ids": torch.tensor([ids])}
+            if collate.seq2seq:
+                batch = collate([item]) if isinstance(item, dict) else batch | {"decoder_input_ids": torch.tensor([[collate.first]])}
+            forward(model, {key: value.to(device) for key, value in batch.items()}, logits_to_keep=1)
             if advance:
                 advance(done)
     finally:

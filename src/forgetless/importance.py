@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import read
+from .batches import Readable, read
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -26,7 +26,7 @@ def block_of(model: nn.Module, name: str) -> str | None:
 
 
 @torch.inference_mode()
-def block_importance(model: nn.Module, modules: Iterable[str], prompts: list[list[int]], advance: Any = None) -> dict[str, float]:
+def block_importance(model: nn.Module, modules: Iterable[str], prompts: list[Readable], advance: Any = None) -> dict[str, float]:
     """{block: mean cosine of its input and output over the tokens of `prompts`} for the blocks that hold `modules`. advance(done) is called after each prompt."""
     sums: dict[str, list[float]] = {}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import read
+from .batches import Readable, read
 from .chat import parse
 from .errors import DataError, nearest
 from .rows import raw_rows, text_of
@@ -59,7 +59,7 @@ def encode(tokenizer, prompt: Any) -> list[int]:
 def input_spaces(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    prompts: list[list[int]],
+    prompts: list[Readable],
     energy: float,
     *,
     size: int = 256,
@@ -68,7 +68,7 @@ def input_spaces(
     known: dict[str, Subspace] | None = None,
     advance=None,
 ) -> dict[str, Subspace]:
-    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`}. advance(done) is called after each prompt.
+    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`, or rows}. advance(done) is called after each prompt.
 
     known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
     weakest are given up, of the known ones too.

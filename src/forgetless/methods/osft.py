@@ -35,6 +35,7 @@ from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor, nn
 
 from .. import distributed
+from ..batches import Readable
 from ..decomposition import cached_split
 from ..errors import ConfigError
 from ..importance import block_importance, block_of
@@ -204,7 +205,7 @@ class OSFT(Method):
             memory.keep({name: part.closed[side] for name, part in self.parts.items() if part.closed}, kind)
         if o.protect != "weights" or o.frozen_ratio == "adaptive":
             rows = sample(task.train, ROWS, seed=0)
-            self.look(model, [task.encode(self.tokenizer, row)["input_ids"] for row in rows], memory, task.name)
+            self.look(model, [task.encode(self.tokenizer, row) for row in rows], memory, task.name)
         return model
 
     def protect(self, model: nn.Module, prompts: list[list[int]], memory: Memory, advance: Any = None) -> None:
@@ -212,8 +213,8 @@ class OSFT(Method):
             raise ConfigError("protect_from: method osft looks at inputs with protect: inputs, protect: both or frozen_ratio: adaptive only")
         self.look(model, prompts, memory, "protect_from")
 
-    def look(self, model: nn.Module, prompts: list[list[int]], memory: Memory, source: str) -> None:
-        """What is to be measured on the inputs `prompts`: their spaces, and how important each block is to them."""
+    def look(self, model: nn.Module, prompts: list[Readable], memory: Memory, source: str) -> None:
+        """What is to be measured on `prompts`, or rows with their answers: their spaces, and how important each block is to them."""
         from ..protect import input_spaces
 
         o, layers = self.options, self.layers(model)
