@@ -176,6 +176,31 @@ def doctor(
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="The config of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for run.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, such as h100, a100-80gb, l4, rtx-4090; default: this machine.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Tokens of a row with its answer; default: the longest in the data.")] = None,
+    closed: Annotated[
+        float | None, typer.Option("--closed", help="Share of each layer's input directions that earlier tasks have closed; default: 0.16.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Peak memory, time and disk of a run, from the model's configuration: no weights are loaded.
+
+    Example: forgetless estimate first.yaml model=meta-llama/Llama-3.1-70B --gpu h200 --tokens 1024
+    """
+    from .config import load_config
+
+    settings = load_config(config, overrides or [])
+    quiet_libraries()
+    from . import estimate as planner
+
+    found = planner.estimate(settings, gpu, planner.CLOSED if closed is None else closed, tokens)
+    print(json.dumps(found, indent=1)) if as_json else planner.show(found)
+
+
 @app.command("export-lora")
 def export_lora(
     trained: Annotated[str, typer.Argument(help="A run's folder (its current model), or a trained model.")],

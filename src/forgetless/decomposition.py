@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .fake import is_fake
 from .subspace import split, tolerance
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ def cached_split(W: Tensor, k: int, folder: Path | None) -> Split:
 
     A file that is cut short, or of other weights under this name, is said to be so and made again.
     """
+    if is_fake(W):
+        (m, n), R = W.shape, min(W.shape)
+        low_U, low_V = (W.new_empty(side, R - k) if side == R else None for side in (m, n))
+        return W.new_empty(m, k), low_U, W.new_empty(n, k), low_V
     if folder is None:
         return split(W, k)
     from safetensors import SafetensorError

@@ -33,17 +33,11 @@ def cache_dir() -> Path:
 
 def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str = torch.float32):
     """(model, tokenizer) in eval mode, on the CPU, in `dtype` ("auto": as stored). Raises DataError when something is missing, malformed or wants to run remote code."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     path = resolve(name)
     kwargs = dict(trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
-    _refuse_remote_code(name, path, trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except Exception as error:  # every loader below raises its own kind; the user needs one message
-        raise DataError(
-            f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of"
-        ) from error
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:
         auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path, **kwargs).is_encoder_decoder else AutoModelForCausalLM
         model, loading = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
@@ -53,16 +47,50 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str
         raise DataError(
             f"model '{name}': its weights lack {len(missing)} tensors of a {type(model).__name__} ({', '.join(missing[:3])}); give a whole model"
         )
+    for p in model.parameters():  # safetensors leaves a tensor at any address of its file, and by the address modulo 64 a product may round otherwise
+        if p.data_ptr() % 64:
+            p.data = p.data.clone()
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False):
+    """The model's tokenizer, with a padding token. Raises DataError where there is none, or none with an end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    path = resolve(name)
+    _refuse_remote_code(name, path, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
+    except Exception as error:  # every loader raises its own kind; the user needs one message
+        raise DataError(
+            f"model '{name}': no usable tokenizer ({_first_line(error)}). A model folder needs tokenizer.json or the files its tokenizer is made of"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"model '{name}': its tokenizer has no end-of-sequence token, so a model could not learn where an answer ends; set eos_token in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by id, so any token will do
-    for p in model.parameters():  # safetensors leaves a tensor at any address of its file, and by the address modulo 64 a product may round otherwise
-        if p.data_ptr() % 64:
-            p.data = p.data.clone()
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def configuration(name: str, path: str, trust_remote_code: bool = False):
+    """The model's configuration alone. Raises DataError."""
+    from transformers import AutoConfig
+
+    _refuse_remote_code(name, path, trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
+    except Exception as error:
+        raise DataError(f"model '{name}': its configuration cannot be read ({_first_line(error)})") from error
+
+
+def without_data(config, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The language model of a configuration, its weights as they come: for a mode or a device where tensors have no data."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def resolve(name: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fake import is_fake
 from .products import add_product_, product
 
 TOLERANCE = 1e-5  # directions below this fraction of the largest singular value are noise in fp32
@@ -93,6 +94,8 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
     b = 0 if against is None else against.shape[1]
     if A.shape[1] == 0 or b >= n:
         return A.new_zeros(n, 0)
+    if is_fake(A):
+        return A.new_empty(n, min(A.shape[1], n - b))
     if scale is None:
         scale = torch.linalg.matrix_norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
     P = _less(A, against)
@@ -375,6 +378,8 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
         raise ValueError(
             f"Constraint({name}=...): {V.shape[1]} directions cannot be orthonormal in {V.shape[0]} dimensions; is the basis transposed?"
         )
+    if is_fake(V):
+        return V
     if V.shape[1]:
         error = float((V.mT.double() @ V.double() - torch.eye(V.shape[1], dtype=torch.float64, device=V.device)).abs().max())
         if not error < 1e-4:

@@ -133,6 +133,10 @@ class Method:
         """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
         return model
 
+    def spaced(self, model: nn.Module) -> dict[str, int]:
+        """Module name -> dimension of the input or output space that grows with the tasks, as Memory.spaces() will hold it; for planning."""
+        return {}
+
     def statistics_bytes(self, model: nn.Module) -> int:
         """Most bytes of what on_step collects while a task trains, beside the optimizer's state."""
         return 0

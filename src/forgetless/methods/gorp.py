@@ -262,6 +262,11 @@ class GORP(Method):
             self.statistics[name] = sketch = Sketch(n, min(self.options.sketch_size, n))
             sketch.load_state_dict(parts)
 
+    def spaced(self, model: nn.Module) -> dict[str, int]:
+        o = self.options
+        layers = self.full_layers(model) | (lora_layers(model, o.lora_modules) if o.use_lora else {})
+        return {name: logical(m.weight, m).shape[self.space_side == "inputs"] for name, m in layers.items()} if o.use_shared_space else {}
+
     def statistics_bytes(self, model: nn.Module) -> int:
         o = self.options
         if not o.use_shared_space:

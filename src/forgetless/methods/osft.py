@@ -38,6 +38,7 @@ from .. import distributed
 from ..batches import Readable
 from ..decomposition import cached_split
 from ..errors import ConfigError
+from ..fake import is_fake
 from ..importance import block_importance, block_of
 from ..models import logical, match_modules, stored_transposed
 from ..subspace import Constraint, Subspace, complement, orthonormalize, project_out, tolerance, top_subspace, working_dtype
@@ -329,6 +330,8 @@ class OSFT(Method):
         if not rows:
             return V, 0
         A = torch.cat(rows)
+        if is_fake(A):
+            return torch.cat([V, V.new_empty(len(V), min(len(A), max(int(self.options.max_share * len(V)) - V.shape[1], 0)))], 1), 0
         rest = project_out(A, V)
         if not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(A):
             return V, 0
@@ -368,6 +371,9 @@ class OSFT(Method):
             for p in group["params"] if r else ():
                 release(self.trained[p], optimizer)
         return optimizer
+
+    def spaced(self, model: nn.Module) -> dict[str, int]:
+        return {name: logical(m.weight, m).shape[1] for name, m in self.layers(model).items()} if self.options.protect != "weights" else {}
 
     def held_bytes(self) -> int:
         parts = self.parts.values() if self.options.form == "adapter" else ()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fake import is_fake
 from ..products import product
 from ..subspace import orthonormalize, project_out_, rotate_moments, tolerance, top_subspace
 from .rounding import seeded
@@ -89,6 +90,8 @@ def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
             continue
         if B.ndim != 2 or len(shape) != 2 or B.shape[0] != shape[axis]:
             raise ValueError(f"SubspaceAdamW: directions of the {side} of shape {tuple(B.shape)} for a weight of shape {tuple(shape)} (out, in)")
+        if is_fake(B):
+            continue
         V = None if constraint is None else getattr(constraint, side)
         if B.shape[1] and not float((B.mT @ B - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)).abs().max()) < 1e-4:
             raise ValueError(f"SubspaceAdamW: the directions of the {side} are not orthonormal; pass them through forgetless.subspace.orthonormalize")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..fake import storage_key
 from ..products import add_product_, full_precision, product
 from ..subspace import Constraint, working_dtype
 from . import coordinates, rounding
@@ -356,4 +357,4 @@ def _batches(used: list[Used]) -> Iterator[list[Used]]:
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())

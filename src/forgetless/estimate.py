@@ -1,0 +1,328 @@
+"""`forgetless estimate`: bytes, seconds and disk of a run before any is spent, from the model's configuration alone.
+
+The model is built without data (torch's FakeTensorMode), the method plans a task on it, and a training step of the task's longest rows is traced: what autograd keeps
+for the backward pass is counted tensor by tensor, each storage once. Deep decoder-only models are traced at one and two blocks; the rest are like the second.
+
+What is assumed and not known: how much of each layer's inputs earlier tasks have closed (`closed`), the speed of the machine (one product is timed here; of a named
+GPU the data sheet's), and what the process holds that is no tensor (measured in this process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+from .batches import IGNORED, forward, is_seq2seq
+from .config import RunConfig
+from .errors import ConfigError, nearest
+from .fake import storage_key
+from .methods import get
+from .methods.base import Memory, Method
+from .optim import SubspaceAdamW
+from .optim.coordinates import protects
+from .optim.released import keep
+from .subspace import Subspace
+from .tasks import load_stream
+from .trainer import training_arguments
+
+CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchmarks/results/gorp_ablation_order1.json)
+EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
+CONTEXT = 600 << 20  # a GPU's own: CUDA's context and libraries
+GPUS = {  # name: (bytes of memory, dense bf16 products in FLOP a second), from the data sheets
+    "t4": (16e9, 65e12), "l4": (24e9, 121e12), "rtx-3090": (24e9, 71e12), "rtx-4090": (24e9, 165e12), "a10g": (24e9, 70e12), "l40s": (48e9, 362e12),
+    "a100-40gb": (40e9, 312e12), "a100-80gb": (80e9, 312e12), "h100": (80e9, 989e12), "h200": (141e9, 989e12), "b200": (180e9, 2250e12), "mi300x": (192e9, 1307e12),
+}  # fmt: skip
+
+
+@dataclass
+class Rows:
+    """Of a task: how many rows are trained on, tokens of a row with its answer (mean, longest), of the longest answer, of all its labels together."""
+
+    name: str
+    count: int | None
+    mean: float
+    tokens: int
+    answer: int
+    labels: int
+
+
+@dataclass
+class Step:
+    """A traced training step: bytes, and numbers in the model and in what learns."""
+
+    weights: int
+    gradients: int
+    activations: int  # what autograd keeps for the backward pass, the parameters apart
+    optimizer_state: int  # moments, masters, bases
+    method_bases: int
+    method_statistics: int
+    copy_for_the_weight_leak: int
+    parameters: int
+    trained: int
+    embedded: int  # parameters of embeddings, which multiply nothing
+    vocabulary: int
+
+    def __add__(self, other: Step) -> Step:
+        return Step(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __mul__(self, times: int) -> Step:
+        return Step(*(times * a for a in vars(self).values()))
+
+
+def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, tokens: int | None = None) -> dict[str, Any]:
+    """Bytes, seconds and disk as a dict, by their names. Raises ConfigError for an unknown GPU, a share outside [0, 1), a method that cannot be planned.
+
+    tokens: of a row and its answer together, where the data should not be read.
+    """
+    if gpu is not None and gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: not in the list ({', '.join(GPUS)}){nearest(gpu, GPUS)}")
+    if not 0 <= closed < 1:
+        raise ConfigError(f"--closed {closed:g}: a share of each layer's input directions, at least 0 and below 1")
+    method = get(config.method.name, **config.method.options)
+    args = training_arguments(config.train, config.seed, config.output_dir)
+    on_gpu = gpu is not None or torch.cuda.is_available() and not args.use_cpu
+    rows = [Rows(t.name, None, tokens, tokens, min(8, tokens - 1), 0) for t in config.tasks] if tokens else measure_rows(config)
+    longest = max(rows, key=lambda r: r.tokens)
+    step = trace(config, method, args, longest, closed, on_gpu)
+    held = ("weights", "optimizer_state", "method_bases", "method_statistics", "copy_for_the_weight_leak")
+    peak = {name: getattr(step, name) for name in held}
+    # what is kept for the backward pass goes as the gradients come, but its memory is seldom in the pieces that they need
+    peak |= {"activations": step.activations, "gradients": step.gradients}
+    # scoring comes after the optimizer has gone, but a CPU's heap keeps what was in small pieces, so what scoring holds comes on top
+    peak["scoring"] = 0 if on_gpu else scoring_bytes(config, step, rows, bool(args.bf16))
+    peak |= {"process": CONTEXT if on_gpu else resident_bytes()}
+    speed = GPUS[gpu][1] if gpu else measured_speed(bool(args.bf16), on_gpu)
+    counts = {r.name: steps_of(r, args) for r in rows}
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # two operations a parameter and token for the forward pass, two for the gradient of the inputs, two for the gradient of what learns
+    multiplied = step.parameters - step.embedded
+    work = {r.name: 2 * r.mean * size * (2 * multiplied + min(step.trained, multiplied)) for r in rows}
+    seconds = {name: None if n is None else n * work[name] / (speed * EFFICIENCY) for name, n in counts.items()}
+    kept = len(config.tasks) if config.keep == "all" else min(len(config.tasks), int(config.keep.split()[1]))
+    disk = {"models": kept * step.weights, "spaces": kept * space_bytes(config, method, closed)}
+    disk["checkpoint"] = step.weights + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
+    assumed = {
+        "closed": closed,
+        "batch": args.per_device_train_batch_size,
+        "tokens": longest.tokens,
+        "answer": longest.answer,
+        "bf16_autocast": bool(args.bf16),
+    }
+    found = {
+        "model": config.model, "method": method.name, "parameters": step.parameters, "trained_parameters": step.trained,
+        "device": gpu or ("cuda" if on_gpu else "cpu"), "assumed": assumed | {"operations_a_second": speed * EFFICIENCY},
+        "peak": peak, "peak_bytes": sum(peak.values()),
+        "steps": counts, "seconds": seconds, "models_kept": kept, "disk": disk, "disk_bytes": sum(disk.values()),
+    }  # fmt: skip
+    if gpu:
+        found |= {"gpu_bytes": int(GPUS[gpu][0]), "fits": found["peak_bytes"] < 0.95 * GPUS[gpu][0]}
+    return found
+
+
+# -- the data --------------------------------------------------------------------------------------------------------------------------
+
+
+def measure_rows(config: RunConfig) -> list[Rows]:
+    """Lengths of up to 200 rows a task, by the model's tokenizer."""
+    tokenizer, found = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), []
+    for task in load_stream(config):
+        encoded = [task.encode(tokenizer, e) for e in task.train[:200]]
+        lengths = [len(e["input_ids"]) for e in encoded]
+        answers = [sum(label != IGNORED for label in e["labels"]) for e in encoded]
+        labels = sum(len(task.encode_answer(tokenizer, label)) - 1 for label in task.labels or ())
+        found.append(Rows(task.name, len(task.train), sum(lengths) / len(lengths), max(lengths), max(answers), labels))
+    return found
+
+
+def scoring_bytes(config: RunConfig, step: Step, rows: list[Rows], bf16: bool) -> int:
+    """Of a scored batch: the weights in bf16, which autocast keeps, keys and values, the logits of all labels and their logarithms in fp32."""
+    text = models.configuration(config.model, models.resolve(config.model), config.trust_remote_code).get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    cast = 2 * (step.parameters - step.embedded) if bf16 and config.dtype == "float32" else 0
+    known = max(r.tokens + r.labels for r in rows) * text.num_hidden_layers * 2 * width * (2 if bf16 else 4)
+    return cast + config.evaluate.batch_size * (known + max(r.labels for r in rows) * step.vocabulary * 2 * 4)
+
+
+def steps_of(rows: Rows, args) -> int | None:
+    """Optimizer steps of a task; None where neither max_steps nor the number of rows is known."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows.count is None:
+        return None
+    return math.ceil(args.num_train_epochs * math.ceil(rows.count / (args.per_device_train_batch_size * args.gradient_accumulation_steps)))
+
+
+# -- the step --------------------------------------------------------------------------------------------------------------------------
+
+
+def trace(config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool) -> Step:
+    """A step on the longest rows; of a deep decoder-only model from its first block and from what the second adds."""
+    path = models.resolve(config.model)
+    whole = models.configuration(config.model, path, config.trust_remote_code)
+    text = whole.get_text_config()
+    depth = text.num_hidden_layers
+    if whole.is_encoder_decoder or depth <= 2:
+        return trace_blocks(config, method, args, rows, closed, on_gpu, whole)
+    one, two = (trace_blocks(config, method, args, rows, closed, on_gpu, shallow(whole, n)) for n in (1, 2))
+    return one + (two + one * -1) * (depth - 1)
+
+
+def shallow(whole: Any, blocks: int) -> Any:
+    """The configuration of the same model with so many blocks."""
+    cut = copy.deepcopy(whole)
+    text = cut.get_text_config()
+    for key in ("layer_types", "mlp_layer_types"):
+        if isinstance(getattr(text, key, None), list):
+            setattr(text, key, getattr(text, key)[:blocks])
+    text.num_hidden_layers = blocks
+    return cut
+
+
+def trace_blocks(config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool, shape: Any) -> Step:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"  # autocast keeps the same tensors on both
+    with FakeTensorMode(), unmoved(), contextlib.ExitStack() as stack:
+        model = models.without_data(shape, getattr(torch, config.dtype), config.trust_remote_code).train()
+        if device == "cpu" and rows.tokens <= 512:
+            model.set_attn_implementation("eager")  # as the Trainer does
+        parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
+        weights = sum(p.nbytes for p in model.parameters())
+        method = copy.deepcopy(method)
+        method.check(model)
+        memory, spaces = Memory(), method.spaced(model)
+        memory.keep({name: Subspace(torch.empty(n, int(closed * n)), torch.empty(int(closed * n))) for name, n in spaces.items()})
+        model = method.begin_task(model, None, memory)
+        groups = method.param_groups(model)
+        learning = {p for group in groups for p in group["params"]}
+        for p in model.parameters():
+            p.requires_grad_(p in learning)
+        settings = dict(lr=args.learning_rate, weight_decay=args.weight_decay, precision=config.precision)
+        optimizer = method.optimizer(groups, **settings)
+        stack.callback(keep, model)
+        ours = isinstance(optimizer, SubspaceAdamW)
+        held, trained = method.held_bytes(), sum(p.numel() for p in learning)
+        guarded = [p for group in groups if protects(group) or spaces and not held for p in group["params"]]
+        return Step(
+            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device),
+            optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
+            embeddings.numel(), embeddings.shape[0],
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """Modules stay where they are: torch cannot move parameters without data, and PEFT moves each new adapter to where it is already."""
+    apply, nn.Module._apply = nn.Module._apply, lambda self, fn, recurse=True: self
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply
+
+
+def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of all gradients at once: those that are let go within backward are as large as what is read of them."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            sides = [side if B is None else B.shape[1] for B, side in zip(group.get("directions") or (None, None), p.shape, strict=False)]
+            total += 4 * math.prod(sides) if group.get("release") else p.nbytes
+    return total
+
+
+def saved_bytes(model: nn.Module, args, rows: Rows, device: str) -> int:
+    """Bytes that autograd keeps for the backward pass of one micro-batch, the model's own tensors apart, each storage once."""
+    own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if storage_key(t) not in own:
+            kept[storage_key(t)] = t
+        return t
+
+    size, answer = args.per_device_train_batch_size, rows.answer
+    ids = torch.zeros(size, rows.tokens - answer if is_seq2seq(model) else rows.tokens, dtype=torch.long)
+    batch = {"input_ids": ids} | ({"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)} if is_seq2seq(model) else {})
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, dtype=torch.bfloat16, enabled=bool(args.bf16)):
+        logits = forward(model, batch, logits_to_keep=0 if is_seq2seq(model) else answer + 1).logits[:, -answer:].float()
+        nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def space_bytes(config: RunConfig, method: Method, closed: float) -> int:
+    """Of the spaces a commit keeps, bases in fp32."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    whole = models.configuration(config.model, models.resolve(config.model), config.trust_remote_code)
+    with FakeTensorMode():
+        spaces = method.spaced(models.without_data(whole, torch.float32, config.trust_remote_code))
+    return sum(4 * n * int(closed * n) for n in spaces.values())
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------------------------
+
+
+def measured_speed(bf16: bool, on_gpu: bool) -> float:
+    """Operations a second of a large product here, in the dtype of training."""
+    device, n = ("cuda", 8192) if on_gpu else ("cpu", 1024)
+    A = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        A @ A
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return 2 * n**3 / min(times)
+
+
+def resident_bytes() -> int:
+    """What this process holds now, libraries loaded and no model: a training one holds as much beside its tensors."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+# -- for people ------------------------------------------------------------------------------------------------------------------------
+
+
+def show(found: dict[str, Any]) -> None:
+    assumed, gb = found["assumed"], 2**30
+    print(f"model    {found['model']}: {found['parameters']:,} parameters, {found['trained_parameters']:,} of them trained by {found['method']}")
+    print(
+        f"assumed  {assumed['batch']} rows of {assumed['tokens']} tokens, {assumed['answer']} of them the answer; bf16 autocast {'on' if assumed['bf16_autocast'] else 'off'}"
+    )
+    print(f"         {assumed['closed']:.0%} of each layer's input directions closed by earlier tasks, where the method closes any")
+    for name, value in found["peak"].items():
+        if value:
+            print(f"  {name.replace('_', ' '):<28}{value / gb:8.2f} GB")
+    fits = "" if "fits" not in found else f", {'fits' if found['fits'] else 'does not fit'} a {found['device']} of {found['gpu_bytes'] / gb:.0f} GB"
+    print(f"peak     {found['peak_bytes'] / gb:.2f} GB{fits}")
+    for name, seconds in found["seconds"].items():
+        said = (
+            "give max_steps, or the data, for a time" if seconds is None else f"{found['steps'][name]} steps, about {duration(seconds)} of training"
+        )
+        print(f"task     {name}: {said}")
+    parts = ", ".join(f"{name} {value / gb:.2f} GB" for name, value in found["disk"].items() if value)
+    print(f"disk     {found['disk_bytes'] / gb:.2f} GB: {parts} ({found['models_kept']} versions kept)")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit people would use.
+
+    >>> duration(40), duration(400), duration(8000)
+    ('40 s', '7 min', '2.2 h')
+    """
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

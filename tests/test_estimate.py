@@ -1,0 +1,128 @@
+"""forgetless estimate: what can be known is the same as on the loaded model; what autograd keeps is counted as on real tensors; nothing is loaded or moved."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_model_folder
+from torch import nn
+from transformers import LlamaConfig
+
+from forgetless import doctor, models
+from forgetless.batches import forward
+from forgetless.config import load_config
+from forgetless.errors import ConfigError
+from forgetless.estimate import duration, estimate
+from forgetless.methods import get
+
+METHODS = {
+    "seqft": {"name": "seqft"}, "lora": {"name": "lora", "lora_rank": 2}, "gorp": {"name": "gorp"}, "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4},
+    "gorp-paper": {"name": "gorp", "preset": "paper"}, "gorp-free": {"name": "gorp", "use_shared_space": False},
+    "osft": {"name": "osft"}, "osft-adapter": {"name": "osft", "form": "adapter"},
+    "osft-thin": {"name": "osft", "form": "adapter", "thin": True}, "osft-both": {"name": "osft", "protect": "both"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3", "t5"])
+def folder(request, tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("models") / request.param, kind=request.param)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bytes_of_a_first_task_are_those_of_the_loaded_model(name, folder, small_run):
+    config = load_config(small_run(METHODS[name], model=folder) | {"train": small_run()["train"] | {"weight_decay": 0.1}})
+    found, known = estimate(config, closed=0.0), doctor.examine_config(config)
+    peak, sizes = found["peak"], known["bytes"]
+    assert found["parameters"] == known["model"]["parameters"] and found["trained_parameters"] == known["method"]["trained_parameters"]
+    assert peak["weights"] == sum(p.nbytes for p in models.load(folder)[0].parameters())
+    assert peak["optimizer_state"] + peak["method_bases"] == sizes["optimizer_state"]
+    assert peak["method_statistics"] == sizes["method_statistics_at_most"] and peak["copy_for_the_weight_leak"] == sizes["copy_for_the_weight_leak"]
+    if name in ("osft", "osft-both"):  # gradients that are let go are as large as what is read of them
+        assert peak["gradients"] < sizes["gradients"]
+    else:
+        assert peak["gradients"] == sizes["gradients"]
+    assert found["peak_bytes"] == sum(peak.values())
+    assert name != "gorp-free" or not peak["copy_for_the_weight_leak"]  # nothing is protected, so nothing is copied to measure it
+
+
+def test_spaces_of_earlier_tasks_count(small_run, folder):
+    config = load_config(small_run("gorp", model=folder))
+    empty, half = (estimate(config, closed=share) for share in (0.0, 0.5))
+    layers = models.linear_modules(models.load(folder)[0])
+    inputs = [models.logical(m.weight, m).shape[1] for m in layers.values()]
+    spaces = sum(4 * n * (n // 2) for n in inputs)
+    assert half["peak"]["optimizer_state"] - empty["peak"]["optimizer_state"] == spaces == half["disk"]["spaces"] / half["models_kept"]
+    assert set(get("gorp").spaced(models.load(folder)[0])) == set(layers)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_autograd_keeps_is_counted_as_on_real_tensors(bf16, small_run, folder):
+    config = load_config(small_run("seqft", model=folder) | {"train": small_run()["train"] | {"bf16": bf16}})
+    found = estimate(config, tokens=12)
+    model = models.load(folder)[0].train()
+    model.set_attn_implementation("eager")
+    own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    answer, size = found["assumed"]["answer"], 4
+    split = model.config.is_encoder_decoder
+    batch = {"input_ids": torch.zeros(size, 12 - answer if split else 12, dtype=torch.long)}
+    batch |= {"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)} if split else {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        logits = forward(model, batch, logits_to_keep=0 if split else answer + 1).logits[:, -answer:].float()
+        nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert found["peak"]["activations"] == pytest.approx(real, rel=0.02)
+
+
+def test_a_deep_model_is_its_first_block_and_what_the_second_adds_each(small_run, tmp_path, monkeypatch):
+    from forgetless import estimate as module
+
+    config = load_config(small_run("gorp", model=make_model_folder(tmp_path / "m", kind="llama")))
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 5}))
+    found = estimate(config)
+    method, args = get("gorp"), module.training_arguments(config.train, 0, "x")
+    rows = max(module.measure_rows(config), key=lambda r: r.tokens)
+    whole = module.trace_blocks(config, method, args, rows, module.CLOSED, False, models.configuration("m", str(tmp_path / "m")))
+    assert found["peak"]["activations"] == whole.activations and found["peak"]["weights"] == whole.weights
+    assert found["peak"]["optimizer_state"] == whole.optimizer_state and found["trained_parameters"] == whole.trained
+
+
+def test_a_model_that_fits_nowhere_is_planned_in_no_memory(small_run, tmp_path, forgetless_):
+    shape = dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672, vocab_size=128256)
+    LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "big")
+    config = tmp_path / "c.yaml"
+    missing = {"name": "t", "data": "nowhere.jsonl", "labels": ["a", "b"]}  # --tokens: the data is not read
+    config.write_text(json.dumps(small_run("gorp") | {"model": str(tmp_path / "big"), "dtype": "bfloat16", "tasks": [missing], "keep": "last 1"}))
+    status, out, err = forgetless_("estimate", str(config), "--gpu", "h200", "--tokens", "256", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["parameters"] == 70_553_706_496 and not found["fits"] and found["seconds"]["t"] > 0
+    assert found["disk"]["models"] == 2 * 70_553_706_496
+    status, out, _ = forgetless_("estimate", str(config), "--gpu", "h200", "--tokens", "256")
+    assert status == 0 and "does not fit a h200" in out and "peak" in out and "1 versions kept" in out
+    _, out, _ = forgetless_("estimate", str(config), "method={name: lora}", "checkpoint_every=5", "--gpu", "b200", "--tokens", "64", "--json")
+    small = json.loads(out)
+    assert small["fits"] and small["disk"]["checkpoint"] > small["peak"]["weights"]
+
+
+def test_bad_input_and_no_trace_left(small_run, forgetless_, tmp_path):
+    apply = nn.Module._apply
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(small_run("lora")))
+    status, _, err = forgetless_("estimate", str(config), "--gpu", "h20")
+    assert status == 2 and "--gpu h20" in err and "h200" in err
+    status, _, err = forgetless_("estimate", str(config), "--closed", "1.5")
+    assert status == 2 and "--closed 1.5" in err
+    status, _, err = forgetless_("estimate", str(config), "method={name: lora, lora_modules: nothing}")
+    assert status == 2 and "matches no linear layer" in err
+    assert nn.Module._apply is apply
+    with pytest.raises(ConfigError):
+        estimate(load_config(small_run("gorp")), gpu="abacus")
+    assert not (tmp_path / "run").exists() and duration(7200) == "2.0 h"
