@@ -18,6 +18,7 @@ ORDERS = {1: ("dbpedia", "amazon", "yahoo", "agnews"), 2: ("dbpedia", "amazon", 
 SEEDS = (0, 1, 2)
 TUNING = ("amazon", "sst-2")
 EACH = 4  # trials a method
+MARKDOWN_HEAD = "| method | seeds | choice: end | BWT | learned | exact match: end | BWT | choice minus seqft |"
 Trials = dict[str, list[tuple[dict, float]]]  # name -> [(method, learning rate)]
 
 
@@ -116,13 +117,48 @@ class Comparison:
                 )
         return {"differences": entries}
 
+    def markdown(self, order: int) -> str:
+        """The final runs as tables, one a prompt: means over the seeds that are there, and the difference from seqft over the same rows with its interval."""
+        content = json.loads(self.file(f"order{order}").read_text())
+        runs, differences = dict(content["runs"]), content["differences"]
+        if self.baselines and self.baselines.file(f"order{order}").is_file():
+            runs |= json.loads(self.baselines.file(f"order{order}").read_text())["runs"]
+        lines = []
+        for tag in PROMPTS:
+            lines += [
+                f"Order {order}, {'options in the prompt' if tag == 'options' else 'without options'}:",
+                "",
+                MARKDOWN_HEAD,
+                "|---|---|---|---|---|---|---|---|",
+            ]
+            for name in {**(self.baselines.trials if self.baselines else {}), **self.trials}:
+                found = [runs[key] for s in SEEDS if (key := f"order{order}-{tag}-{name}-seed{s}") in runs]
+                if not found:
+                    continue
+                cells = [name, str(len(found))]
+                for scorer, keys in (
+                    ("choice", ("average_accuracy", "backward_transfer", "learning_accuracy")),
+                    ("exact_match", ("average_accuracy", "backward_transfer")),
+                ):
+                    cells += [
+                        f"{sum(r['metrics'][scorer][key] for r in found) / len(found):{'+' if key == 'backward_transfer' else ''}.3f}" for key in keys
+                    ]
+                own = [d for d in differences if (d["prompt"], d["order"], d["of"], d["scorer"]) == (tag, order, name, "choice")]
+                cells.append(f"{own[0]['difference']:+.3f} [{own[0]['ci95'][0]:+.3f}, {own[0]['ci95'][1]:+.3f}]" if own else "")
+                lines.append("| " + " | ".join(cells) + " |")
+            lines.append("")
+        return "\n".join(lines)
+
     def main(self, description: str | None) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("what", choices=("tune", "final", "table"))
+        parser.add_argument("what", choices=("tune", "final", "table", "markdown"))
         parser.add_argument("--order", type=int, choices=ORDERS, default=1)
         parser.add_argument("--workers", type=int, default=2)
         parser.add_argument("--only", default="", help="the run to do, or a substring of those to do")
         args = parser.parse_args()
+        if args.what == "markdown":
+            print(self.markdown(args.order))
+            return
         if args.what == "table":
             for path in sorted(RESULTS.glob(f"{self.name}_*.json")):
                 show(path)

@@ -93,9 +93,9 @@ def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
         if is_fake(B):
             continue
         V = None if constraint is None else getattr(constraint, side)
-        if B.shape[1] and not float((B.mT @ B - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)).abs().max()) < 1e-4:
+        if B.shape[1] and not float((product(B.mT, B) - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)).abs().max()) < 1e-4:
             raise ValueError(f"SubspaceAdamW: the directions of the {side} are not orthonormal; pass them through forgetless.subspace.orthonormalize")
-        if _width(V) and B.shape[1] and not float((B.mT @ V.to(B)).abs().max()) < 1e-4:
+        if _width(V) and B.shape[1] and not float(product(B.mT, V.to(B)).abs().max()) < 1e-4:
             raise ValueError(f"SubspaceAdamW: the directions of the {side} are not orthogonal to what the constraint protects there")
 
 
