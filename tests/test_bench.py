@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless.bench import osft, step
+from forgetless.bench import osft, refresh, step
 from forgetless.bench.__main__ import main
 from forgetless.bench.measure import Times, interleaved, live_bytes
 from forgetless.bench.results import Results
@@ -188,3 +188,21 @@ def test_a_step_without_a_peer_and_a_rank_that_does_not_fit(tmp_path, monkeypatc
     assert list(json.loads(path.read_text())["cells"][0]["contenders"]) == ["adamw"] and "without galore-torch" in capsys.readouterr().out
     assert main([*STEP, "--rank", "8", "--space", "190", "--out", str(path)]) == 2
     assert "do not fit the narrowest layer of smollm2, of 192" in capsys.readouterr().err
+
+
+def test_a_refresh_says_how_much_of_the_best_directions_it_holds_and_stays_off_the_space(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert main(["refresh", "--shapes", "48x40", "40x48", "--rank", "4", "--space", "6", "--repeats", "2", "--out", str(path)]) == 0
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["shape"] for cell in cells] == [[48, 40], [40, 48]] and list(cells[0]["rules"]) == list(refresh.RULES)
+    for cell in cells:
+        for rule, own in cell["rules"].items():
+            assert (
+                own["captured"]["median"] == pytest.approx(1, abs=1e-3)
+                if rule not in ("cold", "warm")
+                else 0.5 < own["captured"]["median"] < 1 + 1e-6
+            )
+            assert own["closed"] < 1e-5 and len(own["raw"]["cpu"]) == 2
+    assert "captured" in capsys.readouterr().out
+    assert main(["refresh", "--shapes", "48x40", "--rank", "30", "--space", "20", "--out", str(path)]) == 2
+    assert "do not fit a layer of 48x40" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from forgetless import Constraint, SubspaceAdamW, constrain
+from forgetless import Constraint, SubspaceAdamW, constrain, methods
+from forgetless.errors import ConfigError
 from forgetless.evaluation.drift import leak_bound, weight_leak
 from forgetless.optim.reference import ReferenceAdamW
 from forgetless.optim.rounding import stochastic_round
@@ -1010,3 +1011,27 @@ def test_a_basis_a_little_off_orthonormal_does_not_leak():
     W.grad = torch.randn(16, 32)
     opt.step()
     assert opt.update_leak < 1e-6
+
+
+def test_staggered_tensors_choose_their_directions_in_turn_each_every_gap_steps():
+    gap, steps = 3, 8
+    weights = [torch.nn.Parameter(torch.randn(12, 9, generator=torch.Generator().manual_seed(seed))) for seed in range(4)]
+    opt = SubspaceAdamW([{"params": [W], "rank": 2, "refresh_gap": gap, "stagger": True} for W in weights], lr=1e-3)
+    chose = []
+    for t in range(steps):
+        before = [opt.state[W].get("basis") for W in weights]
+        for i, W in enumerate(weights):
+            W.grad = torch.randn(12, 9, generator=torch.Generator().manual_seed(100 * t + i))
+        opt.step()
+        chose.append([i for i, W in enumerate(weights) if opt.state[W]["basis"] is not before[i]])
+    assert chose[0] == [0, 1, 2, 3]  # the first step needs directions for all
+    assert chose[1:] == [[i for i in range(4) if (t + i) % gap == 0] for t in range(1, steps)]
+    reloaded = SubspaceAdamW([{"params": [W], "rank": 2} for W in weights], lr=1e-3)
+    reloaded.load_state_dict(opt.state_dict())
+    assert all(group["stagger"] for group in reloaded.param_groups)
+
+
+def test_stagger_without_a_rank_is_refused():
+    with pytest.raises(ConfigError, match="stagger: true"):
+        methods.get("gorp", stagger=True)
+    assert methods.get("gorp", stagger=True, rank=4).options.stagger

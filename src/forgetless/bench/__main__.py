@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import ForgetlessError
-from . import osft, step
+from . import osft, refresh, step
 
-BENCHMARKS = {"osft": osft, "step": step}
+BENCHMARKS = {"osft": osft, "refresh": refresh, "step": step}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,6 +54,8 @@ class GORPOptions(LoraOptions):
     """Directions the optimizer's state lives in (paper: 8), for its memory; null: dense Adam inside the permitted space, which learned more in every trial."""
     refresh_gap: int = Field(10, ge=1)
     """Steps between two choices of Q (paper: 10)."""
+    stagger: bool = False
+    """Choose the layers' Q in turn, some in each step, where all at once would make every refresh_gap-th step a long one."""
     refresh: Literal["cold", "warm", "exact", "svd"] = "cold"
     moments: Literal["rotate", "reset"] = "rotate"
     full_lr_ratio: float | None = Field(None, gt=0)
@@ -84,6 +86,8 @@ class GORPOptions(LoraOptions):
             raise ValueError("use_full_rank and use_lora are both false, so nothing would be trained")
         if self.side == "both" and self.rank is None and self.use_full_rank:
             raise ValueError("side: both reduces the gradient on both sides, so it needs a rank, such as rank: 8")
+        if self.stagger and (self.rank is None or not self.use_full_rank):
+            raise ValueError("stagger: true says when directions are chosen, so it needs use_full_rank and a rank, such as rank: 8")
         return self
 
 
@@ -161,7 +165,7 @@ class GORP(Method):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
         ratio = o.full_lr_ratio or (1.0 if o.rank is None else 10.0)
-        common = dict(rank=o.rank, refresh_gap=o.refresh_gap, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
+        common = dict(rank=o.rank, refresh_gap=o.refresh_gap, stagger=o.stagger, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
         groups = []
         for name, layer in self.full_layers(model).items():
             constraint = self.constraint(name)

@@ -145,7 +145,8 @@ def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int,
         R = in_directions(group, G)
         return restrict_whole_side_(group, R) if R.numel() else None
     updates = int(state.get("updates", 0))
-    if updates % group["refresh_gap"] == 0 or "basis" not in state:
+    turn = updates + (index if group["stagger"] else 0)
+    if turn % group["refresh_gap"] == 0 or "basis" not in state:
         choose(group, state, G, (seed, index, updates))
     if "basis" not in state:
         return None

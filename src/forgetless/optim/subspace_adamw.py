@@ -52,6 +52,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in)
                 matrix all the same. `param_groups` then shows them as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
+            stagger (bool): choose Q of one tensor in one step and of the next in the next, so that no step is refresh_gap times as long as the others.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
                 With both sides, P is what G Q points along.
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
@@ -92,7 +93,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     ):
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, side="inputs",
-            refresh_gap=10, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
+            refresh_gap=10, stagger=False, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
         )  # fmt: skip
         self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
         super().__init__(params, defaults)
