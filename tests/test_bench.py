@@ -206,3 +206,23 @@ def test_a_refresh_says_how_much_of_the_best_directions_it_holds_and_stays_off_t
     assert "captured" in capsys.readouterr().out
     assert main(["refresh", "--shapes", "48x40", "--rank", "30", "--space", "20", "--out", str(path)]) == 2
     assert "do not fit a layer of 48x40" in capsys.readouterr().err
+
+
+def test_a_training_step_is_measured_whole_beside_adamw_on_the_same_layers(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    options = ["train", "--shapes", "tiny", "--space", "4", "--tokens", "12", "--rows", "2", "--repeats", "2", "--out", str(path)]
+    assert main([*options, "--contenders", "gorp", "gorp-rank-8-warm", "osft-75", "osft-adapter-75", "lora"]) == 0
+    cell = json.loads(path.read_text())["cells"][0]
+    assert cell["tokens"] == 12 and cell["space"] == 4
+    linear = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64)  # query, output; key, value; the MLP; of two blocks
+    for name, own in cell["contenders"].items():
+        assert list(own["phases"]) == ["forward", "backward", "statistics", "step"] and len(own["raw"]["own"]["cpu"]) == 2
+        assert own["ratio"]["bytes"] == own["bytes"] / own["adamw"]["bytes"] and own["ratio"]["time"] > 0
+        # every number of the model, a gradient and two moments of what learns; a step count a tensor
+        rest = own["adamw"]["bytes"] - (4 * (linear + 128 * 32 + 5 * 32) + 3 * 4 * linear + 14 * 4)
+        assert 0 <= rest < 200, name  # rotary frequencies
+    assert cell["contenders"]["osft-75"]["bytes"] < cell["contenders"]["gorp"]["bytes"]
+    assert "gorp-rank-8-warm" in capsys.readouterr().out
+    assert main([*options, "--space", "40"]) == 2 and main([*options, "--tokens", "3"]) == 2
+    err = capsys.readouterr().err
+    assert "have 32 inputs" in err and "more than the 4 tokens" in err

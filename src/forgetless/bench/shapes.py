@@ -20,3 +20,28 @@ def falling(out: int, inputs: int, seed: int = 0) -> Tensor:
     W = torch.randn(out, inputs, generator=torch.Generator().manual_seed(seed))
     scales = torch.logspace(0, -1, min(out, inputs))
     return 0.04 * (W * scales if inputs <= out else W * scales[:, None])
+
+
+MODELS = {  # as transformers' LlamaConfig takes them
+    "smollm2": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "llama-7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000
+    ),
+    "tiny": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=True,
+    ),
+}
