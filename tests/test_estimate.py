@@ -81,18 +81,86 @@ def test_what_autograd_keeps_is_counted_as_on_real_tensors(bf16, small_run, fold
     assert found["peak"]["activations"] == pytest.approx(real, rel=0.02)
 
 
-def test_a_deep_model_is_its_first_block_and_what_the_second_adds_each(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", ["alike", "layer_types differ", "the first is another"])
+def test_a_deep_model_is_as_if_all_of_it_were_run(blocks, small_run, tmp_path, monkeypatch):
     from forgetless import estimate as module
 
-    config = load_config(small_run("gorp", model=make_model_folder(tmp_path / "m", kind="llama")))
+    ran, plan = [], module.plan_blocks
+
+    def spy(*args, **kwargs):
+        if kwargs.get("run", True):
+            ran.append(args[6].num_hidden_layers)
+        return plan(*args, **kwargs)
+
+    monkeypatch.setattr(module, "plan_blocks", spy)
+    kind = {"alike": "llama", "layer_types differ": "qwen3", "the first is another": "llama"}[blocks]
+    config = load_config(small_run("gorp", model=make_model_folder(tmp_path / "m", kind=kind)))
     path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 5}))
+    known = json.loads(path.read_text()) | {"num_hidden_layers": 5}
+    if blocks == "layer_types differ":
+        known |= {
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+            "use_sliding_window": True,
+        }
+    path.write_text(json.dumps(known))
+    if blocks == "the first is another":  # as where the first blocks are dense and the rest experts
+        make = models.without_data
+
+        def uneven(config, *rest):
+            model = make(config, *rest)
+            model.model.layers[0].mlp.up_proj.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+            if config.num_hidden_layers == 5:
+                model.model.layers[3].mlp.up_proj.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+            return model
+
+        monkeypatch.setattr(models, "without_data", uneven)
     found = estimate(config)
-    method, args = get("gorp"), module.training_arguments(config.train, 0, "x")
-    rows = max(module.measure_rows(config), key=lambda r: r.tokens)
-    whole = module.trace_blocks(config, method, args, rows, module.CLOSED, False, models.configuration("m", str(tmp_path / "m")))
+    assert ran == ([1, 2] if blocks == "alike" else [1, 2, 5] if blocks == "the first is another" else [5])
+    args = module.training_arguments(config.train, 0, "x")
+    rows = module.Rows("", None, 0.0, found["assumed"]["tokens"], found["assumed"]["answer"], 0)
+    whole, _ = plan(config, get("gorp"), args, rows, module.CLOSED, False, models.configuration("m", str(tmp_path / "m")))
     assert found["peak"]["activations"] == whole.activations and found["peak"]["weights"] == whole.weights
     assert found["peak"]["optimizer_state"] == whole.optimizer_state and found["trained_parameters"] == whole.trained
+
+
+def test_the_longest_answer_counts_whichever_task_has_it(small_run, tmp_path):
+    def peak(*tasks):
+        rows = {"long": [("word " * 40, "a")], "answer": [("word", "b " * 40)], "turns": None}
+        entries = []
+        for name in tasks:
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows[name] * 4))
+            entries.append({"name": name, "data": str(path), "test": str(path), "format": "prompt_completion"})
+        return estimate(load_config(small_run("seqft") | {"tasks": entries}))
+
+    together, alone = peak("long", "answer"), [peak("long"), peak("answer")]
+    assert together["assumed"]["answer"] == max(a["assumed"]["answer"] for a in alone)
+    assert together["peak"]["activations"] >= max(a["peak"]["activations"] for a in alone)
+
+
+def test_checkpointing_counts_the_block_that_is_computed_again(small_run, tmp_path):
+    folder = make_model_folder(tmp_path / "m", kind="llama")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 6}))
+    configs = [
+        load_config(small_run("seqft", model=folder) | {"train": small_run()["train"] | {"gradient_checkpointing": on}}) for on in (False, True)
+    ]
+    plain, again = (estimate(config)["peak"]["activations"] for config in configs)
+    assert plain / 6 < again < 0.6 * plain
+
+
+def test_a_gpu_computes_in_the_dtype_of_training(small_run):
+    fast, slow = (
+        estimate(load_config(small_run("seqft") | {"train": small_run()["train"] | {"bf16": bf16}}), "h100")["assumed"]["operations_a_second"]
+        for bf16 in (True, False)
+    )
+    assert fast > 10 * slow
+
+
+def test_a_method_that_has_to_look_at_numbers_is_said_to_be_unplannable(small_run, monkeypatch):
+    monkeypatch.setattr(get("gorp").__class__, "begin_task", lambda self, model, task, memory: float(next(model.parameters()).sum()) and model)
+    with pytest.raises(ConfigError, match="cannot be planned without its weights"):
+        estimate(load_config(small_run("gorp")))
 
 
 def test_a_model_that_fits_nowhere_is_planned_in_no_memory(small_run, tmp_path, forgetless_):

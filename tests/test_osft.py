@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_model_folder
 from safetensors.torch import load_file
+from torch import nn
 
 import forgetless as fl
 from forgetless import models
@@ -22,7 +23,9 @@ from forgetless.models import linear_modules
 from forgetless.optim import SubspaceAdamW
 from forgetless.optim.reference import ReferenceFactors
 from forgetless.optim.released import keep
+from forgetless.optim.released import release as read_within_backward
 from forgetless.subspace import Subspace
+from forgetless.subspace_linear import SubspaceLinear
 from forgetless.tasks import Example, Task
 
 GOLDEN = Path(__file__).parent / "golden" / "osft"
@@ -684,3 +687,36 @@ def killed_at(call):
         return real(*args, **kwargs)
 
     return counted
+
+
+@pytest.mark.parametrize("sides", ["both", "outputs", "inputs"])
+def test_the_gradients_of_an_adapter_are_those_of_its_formula(sides):
+    draw = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(n, k, generator=draw, dtype=torch.float64))[0] for n, k in ((6, 4), (5, 3)))
+    layer = SubspaceLinear(nn.Linear(5, 6, dtype=torch.float64), P if sides != "inputs" else None, Q if sides != "outputs" else None)
+    layer.C.data = torch.randn(layer.C.shape, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 7, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+
+    def apply(x, C):
+        return torch.func.functional_call(layer, {"C": C}, (x,))
+
+    assert torch.autograd.gradcheck(apply, (x, layer.C))
+    (g,) = torch.autograd.grad(apply(x, layer.C).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # an error, where wrong numbers would be worse
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (300, 16, 64)])
+def test_a_released_layer_gives_its_inputs_their_gradient_in_any_shape(shape):
+    layer = nn.Linear(64, 128, bias=False)
+    P, Q = torch.linalg.qr(torch.randn(128, 30))[0], torch.linalg.qr(torch.randn(64, 20))[0]
+    optimizer = SubspaceAdamW([{"params": [layer.weight], "directions": (P, Q), "release": True}], lr=1e-3)
+    x = torch.randn(shape, requires_grad=True)
+    layer(x).sum().backward()
+    expected = x.grad.clone()
+    x.grad, layer.weight.grad = None, None
+    optimizer.zero_grad()
+    read_within_backward(layer, optimizer)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+    assert layer.weight.grad is None

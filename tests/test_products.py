@@ -114,3 +114,52 @@ def test_full_precision_ends_with_an_error_too(tf32):
     with pytest.raises(KeyError), full_precision():
         raise KeyError
     assert tf32.fp32_precision == "tf32"
+
+
+def test_an_older_torch_has_one_setting_for_all(monkeypatch):
+    class Old:
+        pass
+
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", Old())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_task_begins_resumes_protects_and_ends_in_full_precision(tf32, monkeypatch, small_run, tmp_path):
+    import forgetless as fl
+    from forgetless.errors import Diverged
+    from forgetless.methods import get_class
+
+    method, seen = get_class("osft"), {}
+
+    def spied_on(hook: str, real):
+        def spy(self, *args, **kwargs):
+            seen.setdefault(hook, set()).add(tf32.fp32_precision)
+            return real(self, *args, **kwargs)
+
+        return spy
+
+    for hook in ("begin_task", "resume_task", "protect", "end_task"):
+        monkeypatch.setattr(method, hook, spied_on(hook, getattr(method, hook)))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "cat sits"}\n{"prompt": "red apple"}\n')
+    config = small_run({"name": "osft", "protect": "both"}, tasks=("colour",), protect_from=str(prompts), checkpoint_every=2)
+    step, steps = SubspaceAdamW.step, []
+
+    def fail(self, *args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise Diverged("as if killed")
+        return step(self, *args)
+
+    monkeypatch.setattr(SubspaceAdamW, "step", fail)
+    with pytest.raises(Diverged):
+        fl.run(config)
+    fl.run(config)
+    assert seen == {hook: {"ieee"} for hook in ("begin_task", "resume_task", "protect", "end_task")} and tf32.fp32_precision == "tf32"

@@ -518,3 +518,21 @@ def test_one_pass_is_enough_where_it_is_the_only_one(outside):
     c = Constraint(inputs=V)
     P = c.permitted(D)
     assert P.norm() == pytest.approx(outside, rel=1e-4) and leak(P, c) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "closed", "columns"), [(576, 570, 6), (256, 250, 6), (64, 60, 4)])
+def test_a_basis_is_off_a_space_that_leaves_hardly_anything_also_where_nothing_is_dropped(n, closed, columns):
+    V = torch.linalg.qr(matrix(n, closed, 0, torch.float32))[0]
+    A = V[:, :columns] + 1e-7 * matrix(n, columns, 1, torch.float32)  # columns that lie in the space but for a little
+    Q = orthonormalize(A, against=V, scale=0.0)
+    assert Q.shape[1] == columns and float((V.mT @ Q).abs().max()) < 1e-6
+    assert_orthonormal(Q)
+
+
+def test_subspace_iteration_off_a_space_is_that_of_the_projected_matrix():
+    A, V = matrix(60, 40, 0, torch.float32), torch.linalg.qr(matrix(40, 10, 1, torch.float32))[0]
+    A += 100 * A @ V @ V.mT  # nearly all of it lies in the space
+    start = matrix(40, 12, 2, torch.float32)
+    found, same = top_subspace(A, 6, "power", start=start, off=V), top_subspace(project_out(A, V), 6, "power", start=project_out(start.mT, V).mT)
+    torch.testing.assert_close(found.energy, same.energy, rtol=1e-3, atol=1e-3)
+    assert float((V.mT @ found.basis).abs().max()) < 1e-4

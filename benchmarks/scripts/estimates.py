@@ -26,7 +26,7 @@ def main() -> None:
     quiet_libraries()
     from forgetless.estimate import estimate
 
-    gb = 2**30
+    gb = 1e9
     print(f"{'run':<36}{'estimated GB':>14}{'measured GB':>14}{'ratio':>8}")
     for path in args.files:
         for name, run in json.loads(path.read_text())["runs"].items():

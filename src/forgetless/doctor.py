@@ -67,7 +67,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
                 "overlap": task.overlap,
             }
         )
-    held, spaced = method.held_bytes(), bool(method.spaced(model))  # an adapter's: only its constrained factors are copied
+    held, spaces = method.held_bytes(), method.spaced(model)  # an adapter's: only its constrained factors are copied
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},
@@ -76,7 +76,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
             "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes()
             + method.held_bytes(),
             "method_statistics_at_most": method.statistics_bytes(model),
-            "copy_for_the_weight_leak": sum(p.nbytes for g in groups if protects(g) or spaced and not held for p in g["params"]),
+            "copy_for_the_weight_leak": sum(p.nbytes for g in groups if protects(g) or (method.constrained if spaces is None else spaces) and not held for p in g["params"]),
             "adamw_state_same_tensors": 8 * trained,
         },
         "tasks": tasks,

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from . import models
 from .batches import IGNORED, forward, is_seq2seq
 from .config import RunConfig
-from .errors import ConfigError, nearest
+from .errors import ConfigError, ForgetlessError, nearest
 from .fake import storage_key
 from .methods import get
 from .methods.base import Memory, Method
@@ -37,9 +39,10 @@ from .trainer import training_arguments
 CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchmarks/results/gorp_ablation_order1.json)
 EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
 CONTEXT = 600 << 20  # a GPU's own: CUDA's context and libraries
-GPUS = {  # name: (bytes of memory, dense bf16 products in FLOP a second), from the data sheets
-    "t4": (16e9, 65e12), "l4": (24e9, 121e12), "rtx-3090": (24e9, 71e12), "rtx-4090": (24e9, 165e12), "a10g": (24e9, 70e12), "l40s": (48e9, 362e12),
-    "a100-40gb": (40e9, 312e12), "a100-80gb": (80e9, 312e12), "h100": (80e9, 989e12), "h200": (141e9, 989e12), "b200": (180e9, 2250e12), "mi300x": (192e9, 1307e12),
+GPUS = {  # name: (bytes of memory, FLOP a second of dense products in bf16, and in fp32 without TF32), from the data sheets
+    "t4": (16e9, 65e12, 8e12), "l4": (24e9, 121e12, 30e12), "a10g": (24e9, 70e12, 31e12), "l40s": (48e9, 362e12, 92e12), "rtx-3090": (24e9, 71e12, 36e12),
+    "rtx-4090": (24e9, 165e12, 83e12), "a100-40gb": (40e9, 312e12, 19e12), "a100-80gb": (80e9, 312e12, 19e12), "h100": (80e9, 989e12, 67e12),
+    "h200": (141e9, 989e12, 67e12), "b200": (180e9, 2250e12, 75e12), "mi300x": (192e9, 1307e12, 163e12),
 }  # fmt: skip
 
 
@@ -71,12 +74,6 @@ class Step:
     embedded: int  # parameters of embeddings, which multiply nothing
     vocabulary: int
 
-    def __add__(self, other: Step) -> Step:
-        return Step(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def __mul__(self, times: int) -> Step:
-        return Step(*(times * a for a in vars(self).values()))
-
 
 def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, tokens: int | None = None) -> dict[str, Any]:
     """Bytes, seconds and disk as a dict, by their names. Raises ConfigError for an unknown GPU, a share outside [0, 1), a method that cannot be planned.
@@ -90,17 +87,27 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     method = get(config.method.name, **config.method.options)
     args = training_arguments(config.train, config.seed, config.output_dir)
     on_gpu = gpu is not None or torch.cuda.is_available() and not args.use_cpu
-    rows = [Rows(t.name, None, tokens, tokens, min(8, tokens - 1), 0) for t in config.tasks] if tokens else measure_rows(config)
-    longest = max(rows, key=lambda r: r.tokens)
-    step = trace(config, method, args, longest, closed, on_gpu)
+    path = models.resolve(config.model)
+    whole = models.configuration(config.model, path, config.trust_remote_code)
+    rows = [Rows(t.name, None, tokens, tokens, min(8, tokens - 1), 0) for t in config.tasks] if tokens else measure_rows(config, path)
+    longest = Rows("", None, 0.0, *(max(getattr(r, key) for r in rows) for key in ("tokens", "answer", "labels")))
+    try:
+        step, spaces = trace(config, method, args, longest, closed, on_gpu, whole)
+    except ForgetlessError:
+        raise
+    except Exception as error:  # a model or a method that has to look at numbers to do its work, each with its own kind of error
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ConfigError(
+            f"model '{config.model}' with method {method.name} cannot be planned without its weights ({type(error).__name__}: {said}); forgetless doctor loads them"
+        ) from error
     held = ("weights", "optimizer_state", "method_bases", "method_statistics", "copy_for_the_weight_leak")
     peak = {name: getattr(step, name) for name in held}
     # what is kept for the backward pass goes as the gradients come, but its memory is seldom in the pieces that they need
     peak |= {"activations": step.activations, "gradients": step.gradients}
     # scoring comes after the optimizer has gone, but a CPU's heap keeps what was in small pieces, so what scoring holds comes on top
-    peak["scoring"] = 0 if on_gpu else scoring_bytes(config, step, rows, bool(args.bf16))
+    peak["scoring"] = 0 if on_gpu else scoring_bytes(config, whole, step, rows, bool(args.bf16))
     peak |= {"process": CONTEXT if on_gpu else resident_bytes()}
-    speed = GPUS[gpu][1] if gpu else measured_speed(bool(args.bf16), on_gpu)
+    speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
     counts = {r.name: steps_of(r, args) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     # two operations a parameter and token for the forward pass, two for the gradient of the inputs, two for the gradient of what learns
@@ -108,7 +115,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     work = {r.name: 2 * r.mean * size * (2 * multiplied + min(step.trained, multiplied)) for r in rows}
     seconds = {name: None if n is None else n * work[name] / (speed * EFFICIENCY) for name, n in counts.items()}
     kept = len(config.tasks) if config.keep == "all" else min(len(config.tasks), int(config.keep.split()[1]))
-    disk = {"models": kept * step.weights, "spaces": kept * space_bytes(config, method, closed)}
+    disk = {"models": kept * step.weights, "spaces": kept * spaces}
     disk["checkpoint"] = step.weights + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
     assumed = {
         "closed": closed,
@@ -131,21 +138,21 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
 # -- the data --------------------------------------------------------------------------------------------------------------------------
 
 
-def measure_rows(config: RunConfig) -> list[Rows]:
-    """Lengths of up to 200 rows a task, by the model's tokenizer."""
-    tokenizer, found = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), []
+def measure_rows(config: RunConfig, path: str) -> list[Rows]:
+    """Lengths of up to 200 rows a task, by the model's tokenizer; an answer is all from its first token on, as the head is run."""
+    tokenizer, found = models.load_tokenizer(path, trust_remote_code=config.trust_remote_code), []
     for task in load_stream(config):
         encoded = [task.encode(tokenizer, e) for e in task.train[:200]]
         lengths = [len(e["input_ids"]) for e in encoded]
-        answers = [sum(label != IGNORED for label in e["labels"]) for e in encoded]
+        answers = [len(e["labels"]) - next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in encoded]
         labels = sum(len(task.encode_answer(tokenizer, label)) - 1 for label in task.labels or ())
         found.append(Rows(task.name, len(task.train), sum(lengths) / len(lengths), max(lengths), max(answers), labels))
     return found
 
 
-def scoring_bytes(config: RunConfig, step: Step, rows: list[Rows], bf16: bool) -> int:
+def scoring_bytes(config: RunConfig, whole: Any, step: Step, rows: list[Rows], bf16: bool) -> int:
     """Of a scored batch: the weights in bf16, which autocast keeps, keys and values, the logits of all labels and their logarithms in fp32."""
-    text = models.configuration(config.model, models.resolve(config.model), config.trust_remote_code).get_text_config()
+    text = whole.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     cast = 2 * (step.parameters - step.embedded) if bf16 and config.dtype == "float32" else 0
@@ -165,30 +172,45 @@ def steps_of(rows: Rows, args) -> int | None:
 # -- the step --------------------------------------------------------------------------------------------------------------------------
 
 
-def trace(config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool) -> Step:
-    """A step on the longest rows; of a deep decoder-only model from its first block and from what the second adds."""
-    path = models.resolve(config.model)
-    whole = models.configuration(config.model, path, config.trust_remote_code)
-    text = whole.get_text_config()
-    depth = text.num_hidden_layers
-    if whole.is_encoder_decoder or depth <= 2:
-        return trace_blocks(config, method, args, rows, closed, on_gpu, whole)
-    one, two = (trace_blocks(config, method, args, rows, closed, on_gpu, shallow(whole, n)) for n in (1, 2))
-    return one + (two + one * -1) * (depth - 1)
+def trace(config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool, whole: Any) -> tuple[Step, int]:
+    """A step on the longest rows and the bytes of the spaces a commit keeps. Of a deep decoder-only model whose blocks are alike only the first two are run."""
+    plan = partial(plan_blocks, config, method, args, rows, closed, on_gpu)
+    depth = getattr(whole.get_text_config(), "num_hidden_layers", 0)
+    step, spaces = plan(whole, run=False)
+    kept = {}
+    for checkpointing in {False, bool(args.gradient_checkpointing)}:
+        cuts = [shallow(whole, n) for n in (1, 2)] if not whole.is_encoder_decoder and depth > 2 else [None]
+        if all(cuts):
+            (one, _), (two, _) = (plan(cut, checkpointing) for cut in cuts)
+            if one.parameters + (two.parameters - one.parameters) * (depth - 1) == step.parameters:
+                kept[checkpointing] = one.activations + (two.activations - one.activations) * (depth - 1)
+                continue
+        kept[checkpointing] = plan(whole, checkpointing)[0].activations
+    # under checkpointing one block at a time is computed again, and what it keeps is there beside
+    again = (kept[False] - kept[True]) // max(depth, 1) if args.gradient_checkpointing else 0
+    return dataclasses.replace(step, activations=kept[bool(args.gradient_checkpointing)] + again), spaces
 
 
-def shallow(whole: Any, blocks: int) -> Any:
-    """The configuration of the same model with so many blocks."""
+def shallow(whole: Any, blocks: int) -> Any | None:
+    """The configuration of the same model with so many blocks; None where it cannot be cut."""
     cut = copy.deepcopy(whole)
     text = cut.get_text_config()
-    for key in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(text, key, None), list):
-            setattr(text, key, getattr(text, key)[:blocks])
-    text.num_hidden_layers = blocks
+    try:
+        for key in ("layer_types", "mlp_layer_types"):
+            if isinstance(kinds := getattr(text, key, None), list):
+                if len(set(kinds)) > 1:
+                    return None
+                setattr(text, key, kinds[:blocks])
+        text.num_hidden_layers = blocks
+    except AttributeError:
+        return None
     return cut
 
 
-def trace_blocks(config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool, shape: Any) -> Step:
+def plan_blocks(
+    config: RunConfig, method: Method, args, rows: Rows, closed: float, on_gpu: bool, shape: Any, checkpointing: bool = False, run: bool = True
+) -> tuple[Step, int]:
+    """A step, without activations unless it is to be run, and the bytes of the spaces a commit keeps, bases in fp32."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"  # autocast keeps the same tensors on both
@@ -201,6 +223,8 @@ def trace_blocks(config: RunConfig, method: Method, args, rows: Rows, closed: fl
         method = copy.deepcopy(method)
         method.check(model)
         memory, spaces = Memory(), method.spaced(model)
+        guards = method.constrained if spaces is None else bool(spaces)
+        spaces = spaces or {}
         memory.keep({name: Subspace(torch.empty(n, int(closed * n)), torch.empty(int(closed * n))) for name, n in spaces.items()})
         model = method.begin_task(model, None, memory)
         groups = method.param_groups(model)
@@ -212,12 +236,13 @@ def trace_blocks(config: RunConfig, method: Method, args, rows: Rows, closed: fl
         stack.callback(keep, model)
         ours = isinstance(optimizer, SubspaceAdamW)
         held, trained = method.held_bytes(), sum(p.numel() for p in learning)
-        guarded = [p for group in groups if protects(group) or spaces and not held for p in group["params"]]
-        return Step(
-            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device),
+        guarded = [p for group in groups if protects(group) or guards and not held for p in group["params"]]
+        step = Step(
+            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device, checkpointing) if run else 0,
             optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
             embeddings.numel(), embeddings.shape[0],
         )  # fmt: skip
+        return step, sum(4 * n * int(closed * n) for n in spaces.values())
 
 
 @contextlib.contextmanager
@@ -240,7 +265,7 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def saved_bytes(model: nn.Module, args, rows: Rows, device: str) -> int:
+def saved_bytes(model: nn.Module, args, rows: Rows, device: str, checkpointing: bool) -> int:
     """Bytes that autograd keeps for the backward pass of one micro-batch, the model's own tensors apart, each storage once."""
     own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -253,22 +278,12 @@ def saved_bytes(model: nn.Module, args, rows: Rows, device: str) -> int:
     size, answer = args.per_device_train_batch_size, rows.answer
     ids = torch.zeros(size, rows.tokens - answer if is_seq2seq(model) else rows.tokens, dtype=torch.long)
     batch = {"input_ids": ids} | ({"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)} if is_seq2seq(model) else {})
-    if args.gradient_checkpointing:
+    if checkpointing:
         model.gradient_checkpointing_enable()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, dtype=torch.bfloat16, enabled=bool(args.bf16)):
         logits = forward(model, batch, logits_to_keep=0 if is_seq2seq(model) else answer + 1).logits[:, -answer:].float()
         nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
     return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def space_bytes(config: RunConfig, method: Method, closed: float) -> int:
-    """Of the spaces a commit keeps, bases in fp32."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    whole = models.configuration(config.model, models.resolve(config.model), config.trust_remote_code)
-    with FakeTensorMode():
-        spaces = method.spaced(models.without_data(whole, torch.float32, config.trust_remote_code))
-    return sum(4 * n * int(closed * n) for n in spaces.values())
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +314,7 @@ def resident_bytes() -> int:
 
 
 def show(found: dict[str, Any]) -> None:
-    assumed, gb = found["assumed"], 2**30
+    assumed, gb = found["assumed"], 1e9
     print(f"model    {found['model']}: {found['parameters']:,} parameters, {found['trained_parameters']:,} of them trained by {found['method']}")
     print(
         f"assumed  {assumed['batch']} rows of {assumed['tokens']} tokens, {assumed['answer']} of them the answer; bf16 autocast {'on' if assumed['bf16_autocast'] else 'off'}"

@@ -96,7 +96,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         method.scratch = checkpoints.folder / "scratch" if config.checkpoint_every else None
         if checkpoints.step:
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
-            model = method.resume_task(model, task, memory, checkpoints.method_state())
+            with full_precision():
+                model = method.resume_task(model, task, memory, checkpoints.method_state())
         else:
             with full_precision():
                 model = method.begin_task(model, task, memory)
@@ -191,7 +192,8 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
     if prompts:
         progress.stage("protecting the inputs of protect_from", len(prompts))
-        method.protect(model, [encode(tokenizer, prompt) for prompt in prompts], memory, progress.advance)
+        with full_precision():
+            method.protect(model, [encode(tokenizer, prompt) for prompt in prompts], memory, progress.advance)
         memory.info["protect_from"] = {"prompts": len(prompts), "sha256": fingerprint(prompts)}
         if space := method.report(memory):
             progress.say(f"protected from {len(prompts)} prompts: {space['share']:.1%} of the input directions of {space['modules']} layers")

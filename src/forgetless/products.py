@@ -72,8 +72,20 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products as fp32 says, whatever set_float32_matmul_precision or TrainingArguments(tf32=True) allow elsewhere: a projection is no good in TF32."""
+    """fp32 products as fp32 says, whatever set_float32_matmul_precision or TrainingArguments(tf32=True) allow elsewhere: a projection is no good in TF32.
+
+    A precision that was allowed for all of torch's backends is given back as one of these two.
+    """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch 2.8
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = tuple(backend for backend in backends if backend.fp32_precision not in ("ieee", "none"))
     allowed = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -104,8 +104,8 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
     r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small and this runs once a refresh
     # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
     Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
-    if r and b:
-        Q = _less(Q, against)
+    if r and b:  # twice: with scale 0 a column may be what rounding left of one inside `against`
+        Q = _less(_less(Q, against), against)
     return _qr(Q) if r else Q.contiguous()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .models import logical
 from .products import product
@@ -74,6 +75,7 @@ class _Branch(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], y.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor):
         z, C, P, Q = ctx.saved_tensors
         (dY,) = gradients

@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--space", type=int, default=64, help="closed input directions of each layer, where a method closes inputs; default: 64")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all; adamw always takes part")
     parser.add_argument("--autocast", action="store_true", help="compute in bf16 over fp32 weights")
-    add_common(parser, "train", 12)
+    add_common(parser, "train", 10)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -121,7 +121,7 @@ def ours(model: nn.Module, spec: dict[str, Any], space: int) -> tuple[nn.Module,
     method, memory = get(spec["name"], **{k: v for k, v in spec.items() if k != "name"}), Memory()
     bases = {
         name: orthonormalize(torch.randn(n, space, generator=torch.Generator().manual_seed(i)))
-        for i, (name, n) in enumerate(method.spaced(model).items())
+        for i, (name, n) in enumerate((method.spaced(model) or {}).items())
     }
     memory.keep({name: Subspace(V, torch.ones(space)) for name, V in bases.items()})
     model = method.begin_task(model, None, memory)

@@ -133,9 +133,10 @@ class Method:
         """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
         return model
 
-    def spaced(self, model: nn.Module) -> dict[str, int]:
-        """Module name -> dimension of the input or output space that grows with the tasks, as Memory.spaces() will hold it; for planning."""
-        return {}
+    def spaced(self, model: nn.Module) -> dict[str, int] | None:
+        """For planning (`forgetless estimate`, on a model whose tensors have no data): module name -> dimension of the space that grows with the tasks, as
+        Memory.spaces() will hold it. None: the method does not say."""
+        return None
 
     def statistics_bytes(self, model: nn.Module) -> int:
         """Most bytes of what on_step collects while a task trains, beside the optimizer's state."""

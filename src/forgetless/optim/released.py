@@ -47,7 +47,8 @@ class _Linear(torch.autograd.Function):
         x, W = ctx.saved_tensors
         (dY,) = gradients
         ctx.take.receive(dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return product(dY, W).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+        dX = product(dY.reshape(-1, dY.shape[-1]), W).reshape(*dY.shape[:-1], W.shape[1]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dX, None, None
 
 
 class ReleasedForward:

@@ -168,9 +168,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         self._clip([R for _, _, R, _ in used])
         leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
-        self.update_leak = (
-            max(leaks) if leaks and self.track_leak and constrained else None
-        )  # where nothing is protected there is nothing to leak into
+        self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
 
     def _each(self):
         return ((group, p) for group in self.param_groups for p in group["params"])
