@@ -101,6 +101,7 @@ def test_a_deep_model_is_as_if_all_of_it_were_run(blocks, small_run, tmp_path, m
         known |= {
             "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
             "use_sliding_window": True,
+            "sliding_window": 8,
         }
     path.write_text(json.dumps(known))
     if blocks == "the first is another":  # as where the first blocks are dense and the rest experts
