@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
-from .results import device_name
+from .results import Results, commit, device_name, load_average
 
 
 def count(text: str) -> int:
@@ -50,6 +52,23 @@ def clock(settings: dict[str, Any]) -> str:
 def fused(device: torch.device) -> bool:
     """Has torch's AdamW a fused kernel there?"""
     return device.type in ("cpu", "cuda")
+
+
+def measure_all(
+    results: Results, wanted: list[dict[str, Any]], settings: dict[str, Any], present: dict[str, str | None], head: dict[str, Any], again: bool,
+    title: Callable[[dict[str, Any]], str], names: list[str], measure: Callable[[dict[str, Any]], dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The cells of the keys `wanted`, each measured unless the file holds it with the same settings and versions, and written as soon as it is."""
+    cells = []
+    for index, key in enumerate(wanted, 1):
+        cell = None if again else results.find(**key, settings=settings, versions=present)
+        say(f"[{index}/{len(wanted)}] {title(key)}: {'measured before, kept' if cell else ' '.join(names)}")
+        if cell is None:
+            told = {"settings": settings, "versions": present, "commit": commit(), "at": time.strftime("%Y-%m-%d"), "load": load_average()}
+            cell = key | told | measure(key)
+            results.put(cell, head)
+        cells.append(cell)
+    return cells
 
 
 def say(text: str) -> None:

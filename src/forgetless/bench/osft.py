@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from ..products import prefers_onednn
 from ..subspace import split
 from .layers import CONTENDERS, Side, Trained, leak, missing
 from .measure import Phases, Times, interleaved, ratio, summary
-from .options import add_common, begin, clock, count, fused, results_file, say
-from .results import Results, commit, environment, load_average, table, versions
+from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .results import Results, environment, table, versions
 from .shapes import BLOCKS, falling
 
 SUMMARY = "one linear layer under OSFT's constraint: seconds a step, bytes, seconds of initialisation, leak; beside PEFT, mini_trainer and AdamW"
@@ -94,18 +93,10 @@ def run(options: argparse.Namespace) -> None:
     head = {"benchmark": "osft", "environment": environment(device), "missing": absent}
     shapes = dict.fromkeys(pair for pairs in options.shapes for pair in pairs)
     wanted = [dict(zip(KEY, (list(pair), tokens, frozen), strict=True)) for pair in shapes for frozen in options.frozen for tokens in options.tokens]
-    cells, present = [], versions(*PACKAGES)
-    for index, key in enumerate(wanted, 1):
-        title = f"[{index}/{len(wanted)}] {describe(key)}"
-        cell = None if options.again else results.find(**key, settings=settings, versions=present)
-        if cell is None:
-            say(f"{title}: {' '.join(names)}")
-            told = {"settings": settings, "versions": present, "commit": commit(), "at": time.strftime("%Y-%m-%d"), "load": load_average()}
-            cell = key | told | {"missing": absent} | measure(key, names, settings, device, limit)
-            results.put(cell, head)
-        else:
-            say(f"{title}: measured before, kept")
-        cells.append(cell)
+    cells = measure_all(
+        results, wanted, settings, versions(*PACKAGES), head, options.again, describe, names,
+        lambda key: {"missing": absent} | measure(key, names, settings, device, limit),
+    )  # fmt: skip
     print(table([row for cell in cells for row in rows(cell)]))
     for name, reason in absent.items():
         print(f"without {name}: {reason}")

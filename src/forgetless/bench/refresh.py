@@ -7,7 +7,6 @@ A cell is a layer's shape, a rank r and a space of k closed input directions. Th
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ..optim import coordinates
 from ..products import prefers_onednn
 from ..subspace import Constraint, orthonormalize, project_out, top_subspace
 from .measure import Phases, interleaved, summary
-from .options import add_common, begin, clock, count, results_file, say
+from .options import add_common, begin, clock, count, measure_all, results_file, say
 from .osft import shape
-from .results import Results, commit, environment, load_average, table, versions
+from .results import Results, environment, table, versions
 from .shapes import falling
 
 SUMMARY = "choosing the directions of a layer's low-rank state: seconds by each rule, and the share of the best directions' energy that they hold"
@@ -55,21 +54,16 @@ def run(options: argparse.Namespace) -> None:
     settings = begin(options) | {"rules": options.rules, "onednn": prefers_onednn()}
     results = Results(results_file(options, "refresh"), KEY)
     head = {"benchmark": "refresh", "environment": environment(options.device)}
-    cells, present = [], versions(*PACKAGES)
     shapes = dict.fromkeys(pair for pairs in options.shapes for pair in pairs)
     wanted = [dict(zip(KEY, (list(pair), rank, space), strict=True)) for pair in shapes for rank in options.rank for space in options.space]
     for key in wanted:
         if key["space"] < 0 or key["rank"] + key["space"] > min(key["shape"]):
             raise ConfigError(f"--rank {key['rank']} and --space {key['space']} do not fit a layer of {key['shape'][0]}x{key['shape'][1]}")
-    for index, key in enumerate(wanted, 1):
-        title = f"[{index}/{len(wanted)}] {key['shape'][0]}x{key['shape'][1]}, rank {key['rank']}, {key['space']} directions closed"
-        cell = None if options.again else results.find(**key, settings=settings, versions=present)
-        say(f"{title}: {'measured before, kept' if cell else ' '.join(options.rules)}")
-        if cell is None:
-            told = {"settings": settings, "versions": present, "commit": commit(), "at": time.strftime("%Y-%m-%d"), "load": load_average()}
-            cell = key | told | {"rules": measure(key, settings, options.device)}
-            results.put(cell, head)
-        cells.append(cell)
+    cells = measure_all(
+        results, wanted, settings, versions(*PACKAGES), head, options.again,
+        lambda key: f"{key['shape'][0]}x{key['shape'][1]}, rank {key['rank']}, {key['space']} directions closed", options.rules,
+        lambda key: {"rules": measure(key, settings, options.device)},
+    )  # fmt: skip
     print(table([row for cell in cells for row in rows(cell)]))
     say(f"written to {results.path}")
 

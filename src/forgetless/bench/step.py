@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,8 @@ from ..optim import SubspaceAdamW
 from ..products import prefers_onednn
 from ..subspace import Constraint, orthonormalize
 from .measure import interleaved, live_bytes, ratio, summary
-from .options import add_common, begin, clock, count, fused, results_file, say
-from .results import Results, commit, environment, load_average, table, versions
+from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .results import Results, environment, table, versions
 from .shapes import BLOCKS, falling
 
 SUMMARY = "one optimizer step over a model's linear weights: GORP's beside AdamW, GaLore, Fira, APOLLO and GORP as released"
@@ -121,7 +120,6 @@ def run(options: argparse.Namespace) -> None:
     settings = common | {"contenders": names, "refreshes": options.refreshes, "fused_adamw": fused(options.device), "onednn": prefers_onednn()}
     results = Results(results_file(options, "step"), KEY)
     head = {"benchmark": "step", "environment": environment(options.device), "missing": absent}
-    cells, present = [], versions(*PACKAGES)
     wanted = [
         dict(zip(KEY, (shapes, options.layers or BLOCKS[shapes][1], rank, space), strict=True))
         for shapes in options.shapes
@@ -130,17 +128,11 @@ def run(options: argparse.Namespace) -> None:
     ]
     for key in wanted:
         check(key)
-    for index, key in enumerate(wanted, 1):
-        title = f"[{index}/{len(wanted)}] {key['layers']} blocks of {key['shapes']}, rank {key['rank']}, {key['space']} directions closed"
-        cell = None if options.again else results.find(**key, settings=settings, versions=present)
-        if cell is None:
-            say(f"{title}: {' '.join(names)}")
-            told = {"settings": settings, "versions": present, "commit": commit(), "at": time.strftime("%Y-%m-%d"), "load": load_average()}
-            cell = key | told | {"missing": absent} | measure(key, names, settings, options.device)
-            results.put(cell, head)
-        else:
-            say(f"{title}: measured before, kept")
-        cells.append(cell)
+    cells = measure_all(
+        results, wanted, settings, versions(*PACKAGES), head, options.again,
+        lambda key: f"{key['layers']} blocks of {key['shapes']}, rank {key['rank']}, {key['space']} directions closed", names,
+        lambda key: {"missing": absent} | measure(key, names, settings, options.device),
+    )  # fmt: skip
     print(table([row for cell in cells for row in rows(cell)]))
     for name, reason in absent.items():
         print(f"without {name}: {reason}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import time
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from ..models import linear_modules
 from ..products import prefers_onednn
 from ..subspace import Subspace, orthonormalize
 from .measure import Phases, interleaved, live_bytes, ratio, summary
-from .options import add_common, begin, clock, count, fused, results_file, say
-from .results import Results, commit, environment, load_average, table, versions
+from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .results import Results, environment, table, versions
 from .shapes import MODELS
 
 SUMMARY = "a whole training step of a language model, by the methods beside AdamW on the same layers"
@@ -74,7 +73,6 @@ def run(options: argparse.Namespace) -> None:
     }
     results = Results(results_file(options, "train"), KEY)
     head = {"benchmark": "train", "environment": environment(options.device)}
-    cells, present = [], versions(*PACKAGES)
     shape = MODELS[options.shapes]
     if options.space < 0 or options.space >= shape["hidden_size"]:
         raise ConfigError(f"--space {options.space}: the layers of {options.shapes} have {shape['hidden_size']} inputs")
@@ -82,16 +80,11 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--tokens {min(options.tokens)}: a row needs more than the {ANSWER} tokens its loss is of")
     layers = options.layers or shape["num_hidden_layers"]
     wanted = [dict(zip(KEY, (options.shapes, layers, options.rows, tokens, options.space), strict=True)) for tokens in options.tokens]
-    for index, key in enumerate(wanted, 1):
-        title = f"[{index}/{len(wanted)}] {key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed"
-        cell = None if options.again else results.find(**key, settings=settings, versions=present)
-        say(f"{title}: {'measured before, kept' if cell else ' '.join(options.contenders)}")
-        if cell is None:
-            told = {"settings": settings, "versions": present, "commit": commit(), "at": time.strftime("%Y-%m-%d"), "load": load_average()}
-            found = {name: measure(key, CONTENDERS[name], settings, options.device) for name in options.contenders}
-            cell = key | told | {"contenders": found}
-            results.put(cell, head)
-        cells.append(cell)
+    cells = measure_all(
+        results, wanted, settings, versions(*PACKAGES), head, options.again,
+        lambda key: f"{key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed", options.contenders,
+        lambda key: {"contenders": {name: measure(key, CONTENDERS[name], settings, options.device) for name in options.contenders}},
+    )  # fmt: skip
     print(table([row for cell in cells for row in rows(cell)]))
     say(f"written to {results.path}")
 
