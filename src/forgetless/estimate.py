@@ -1,7 +1,7 @@
 """`forgetless estimate`: bytes, seconds and disk of a run before any is spent, from the model's configuration alone.
 
 The model is built without data (torch's FakeTensorMode), the method plans a task on it, and a training step of the task's longest rows is traced: what autograd keeps
-for the backward pass is counted tensor by tensor, each storage once. Deep decoder-only models are traced at one and two blocks; the rest are like the second.
+for the backward pass is counted tensor by tensor, each storage once. Of a deep decoder-only model whose blocks are alike only the first two are run.
 
 What is assumed and not known: how much of each layer's inputs earlier tasks have closed (`closed`), the speed of the machine (one product is timed here; of a named
 GPU the data sheet's), and what the process holds that is no tensor (measured in this process).
@@ -32,6 +32,7 @@ from .methods.base import Memory, Method
 from .optim import SubspaceAdamW
 from .optim.coordinates import protects
 from .optim.released import keep
+from .record import resident_bytes
 from .subspace import Subspace
 from .tasks import load_stream
 from .trainer import training_arguments
@@ -40,7 +41,7 @@ CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchm
 EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
 CONTEXT = 600 << 20  # a GPU's own: CUDA's context and libraries
 GPUS = {  # name: (bytes of memory, FLOP a second of dense products in bf16, and in fp32 without TF32), from the data sheets
-    "t4": (16e9, 65e12, 8e12), "l4": (24e9, 121e12, 30e12), "a10g": (24e9, 70e12, 31e12), "l40s": (48e9, 362e12, 92e12), "rtx-3090": (24e9, 71e12, 36e12),
+    "l4": (24e9, 121e12, 30e12), "a10g": (24e9, 70e12, 31e12), "l40s": (48e9, 362e12, 92e12), "rtx-3090": (24e9, 71e12, 36e12),
     "rtx-4090": (24e9, 165e12, 83e12), "a100-40gb": (40e9, 312e12, 19e12), "a100-80gb": (80e9, 312e12, 19e12), "h100": (80e9, 989e12, 67e12),
     "h200": (141e9, 989e12, 67e12), "b200": (180e9, 2250e12, 75e12), "mi300x": (192e9, 1307e12, 163e12),
 }  # fmt: skip
@@ -106,7 +107,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     peak |= {"activations": step.activations, "gradients": step.gradients}
     # scoring comes after the optimizer has gone, but a CPU's heap keeps what was in small pieces, so what scoring holds comes on top
     peak["scoring"] = 0 if on_gpu else scoring_bytes(config, whole, step, rows, bool(args.bf16))
-    peak |= {"process": CONTEXT if on_gpu else resident_bytes()}
+    peak |= {"process": CONTEXT if on_gpu else resident_bytes()}  # libraries are loaded here and no model: a training process holds as much
     speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
     counts = {r.name: steps_of(r, args) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -301,13 +302,6 @@ def measured_speed(bf16: bool, on_gpu: bool) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return 2 * n**3 / min(times)
-
-
-def resident_bytes() -> int:
-    """What this process holds now, libraries loaded and no model: a training one holds as much beside its tensors."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
 
 
 # -- for people ------------------------------------------------------------------------------------------------------------------------

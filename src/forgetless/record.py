@@ -223,4 +223,9 @@ def peak_bytes() -> int:
     """Peak of the accelerator's memory where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """The most memory this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
