@@ -25,7 +25,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3", "t5"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "t5"])
 def folder(request, tmp_path_factory):
     return make_model_folder(tmp_path_factory.mktemp("models") / request.param, kind=request.param)
 
@@ -159,7 +159,9 @@ def test_a_gpu_computes_in_the_dtype_of_training(small_run):
 
 
 def test_a_method_that_has_to_look_at_numbers_is_said_to_be_unplannable(small_run, monkeypatch):
-    monkeypatch.setattr(get("gorp").__class__, "begin_task", lambda self, model, task, memory: float(next(model.parameters()).sum()) and model)
+    monkeypatch.setattr(
+        get("gorp").__class__, "begin_task", lambda self, model, task, memory: float(next(model.parameters()).detach().sum()) and model
+    )
     with pytest.raises(ConfigError, match="cannot be planned without its weights"):
         estimate(load_config(small_run("gorp")))
 
