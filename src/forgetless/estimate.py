@@ -94,6 +94,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     longest = Rows("", None, 0.0, *(max(getattr(r, key) for r in rows) for key in ("tokens", "answer", "labels")))
     try:
         step, spaces = trace(config, method, args, longest, closed, on_gpu, whole)
+        # scoring comes after the optimizer has gone, but a CPU's heap keeps what was in small pieces, so what scoring holds comes on top
+        scoring = 0 if on_gpu else scoring_bytes(config, whole, step, rows, bool(args.bf16))
     except ForgetlessError:
         raise
     except Exception as error:  # a model or a method that has to look at numbers to do its work, each with its own kind of error
@@ -105,9 +107,10 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     peak = {name: getattr(step, name) for name in held}
     # what is kept for the backward pass goes as the gradients come, but its memory is seldom in the pieces that they need
     peak |= {"activations": step.activations, "gradients": step.gradients}
-    # scoring comes after the optimizer has gone, but a CPU's heap keeps what was in small pieces, so what scoring holds comes on top
-    peak["scoring"] = 0 if on_gpu else scoring_bytes(config, whole, step, rows, bool(args.bf16))
-    peak |= {"process": CONTEXT if on_gpu else resident_bytes()}  # libraries are loaded here and no model: a training process holds as much
+    peak |= {
+        "scoring": scoring,
+        "process": CONTEXT if on_gpu else resident_bytes(),
+    }  # libraries are loaded here and no model: a training process holds as much
     speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
     counts = {r.name: steps_of(r, args) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -141,7 +144,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
 
 def measure_rows(config: RunConfig, path: str) -> list[Rows]:
     """Lengths of up to 200 rows a task, by the model's tokenizer; an answer is all from its first token on, as the head is run."""
-    tokenizer, found = models.load_tokenizer(path, trust_remote_code=config.trust_remote_code), []
+    tokenizer, found = models.load_tokenizer(config.model, path, config.trust_remote_code), []
     for task in load_stream(config):
         encoded = [task.encode(tokenizer, e) for e in task.train[:200]]
         lengths = [len(e["input_ids"]) for e in encoded]

@@ -37,7 +37,7 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str
 
     path = resolve(name)
     kwargs = dict(trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, path, trust_remote_code)
     try:
         auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path, **kwargs).is_encoder_decoder else AutoModelForCausalLM
         model, loading = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
@@ -53,11 +53,10 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False):
-    """The model's tokenizer, with a padding token. Raises DataError where there is none, or none with an end-of-sequence token."""
+def load_tokenizer(name: str, path: str, trust_remote_code: bool = False):
+    """The tokenizer of a model that `resolve` has found at `path`, with a padding token. Raises DataError where there is none, or none with an end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    path = resolve(name)
     _refuse_remote_code(name, path, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
@@ -81,7 +80,7 @@ def configuration(name: str, path: str, trust_remote_code: bool = False):
     _refuse_remote_code(name, path, trust_remote_code)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
-    except Exception as error:
+    except Exception as error:  # likewise
         raise DataError(f"model '{name}': its configuration cannot be read ({_first_line(error)})") from error
 
 
