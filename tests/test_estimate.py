@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from forgetless import doctor, models
-from forgetless.batches import forward
+from forgetless.batches import IGNORED, Collate, answer_loss, forward
 from forgetless.config import load_config
 from forgetless.errors import ConfigError
 from forgetless.estimate import duration, estimate
@@ -57,11 +57,15 @@ def test_spaces_of_earlier_tasks_count(small_run, folder):
     assert set(get("gorp").spaced(models.load(folder)[0])) == set(layers)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_what_autograd_keeps_is_counted_as_on_real_tensors(bf16, small_run, folder):
-    config = load_config(small_run("seqft", model=folder) | {"train": small_run()["train"] | {"bf16": bf16}})
-    found = estimate(config, tokens=12)
+@pytest.mark.parametrize("bf16, packing", [(False, False), (True, False), (False, True)])
+def test_what_autograd_keeps_is_counted_as_on_real_tensors(bf16, packing, small_run, folder):
+    config = load_config(small_run("seqft", model=folder) | {"train": small_run()["train"] | {"bf16": bf16}, "packing": packing})
     model = models.load(folder)[0].train()
+    if packing and model.config.is_encoder_decoder:
+        with pytest.raises(ConfigError, match="packing: an encoder-decoder"):
+            estimate(config, tokens=12)
+        return
+    found = estimate(config, tokens=12)
     model.set_attn_implementation("eager")
     own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
 
@@ -74,9 +78,13 @@ def test_what_autograd_keeps_is_counted_as_on_real_tensors(bf16, small_run, fold
     split = model.config.is_encoder_decoder
     batch = {"input_ids": torch.zeros(size, 12 - answer if split else 12, dtype=torch.long)}
     batch |= {"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)} if split else {}
+    rows = [{"input_ids": [0] * 12, "labels": [IGNORED] * (12 - answer) + [0] * answer}] * size
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        logits = forward(model, batch, logits_to_keep=0 if split else answer + 1).logits[:, -answer:].float()
-        nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
+        if packing:
+            answer_loss(model, Collate(model, packing)(rows))
+        else:
+            logits = forward(model, batch, logits_to_keep=0 if split else answer + 1).logits[:, -answer:].float()
+            nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
     real = sum(t.untyped_storage().nbytes() for t in kept.values())
     assert found["peak"]["activations"] == pytest.approx(real, rel=0.02)
 

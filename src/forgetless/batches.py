@@ -1,4 +1,4 @@
-"""Rows as padded batches, and the loss on their answers: for decoder-only models in one sequence, for encoder-decoder ones the prompt to the encoder."""
+"""Rows as padded or packed batches, and the loss on their answers: for decoder-only models in one sequence, for encoder-decoder ones the prompt to the encoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ConfigError
 from .tasks import Task
 
 IGNORED = -100  # cross_entropy's ignore_index
+NO_PACKING = "packing: an encoder-decoder model reads prompts and answers apart and cannot take several rows as one; take it out"
 
 
 class Encoded(torch.utils.data.Dataset):
@@ -28,20 +30,25 @@ class Encoded(torch.utils.data.Dataset):
 
 
 class Collate:
-    """Padded batches of encoded rows {"input_ids", "labels"}; padding is masked by position, never by id (pad may be eos).
+    """Batches of encoded rows {"input_ids", "labels"}: padded, where padding is masked by position, never by id (pad may be eos), or packed.
 
     Decoder-only: padded on the left, so that answers end together. Encoder-decoder (`seq2seq`): input_ids is the prompt, labels and decoder_input_ids (the
     answer shifted right, beginning with the model's start token) are the answer, padded on the right.
+    Packed (`packing`, decoder-only): all rows in one sequence (1, L) without padding or mask; each row's positions begin at 0, by which transformers' attention
+    keeps them apart. check_packing says whether a model does.
     """
 
-    def __init__(self, model: nn.Module):
-        self.seq2seq = is_seq2seq(model)
+    def __init__(self, model: nn.Module, packing: bool = False):
+        self.seq2seq, self.packing = is_seq2seq(model), packing
         if self.seq2seq:
             config = model.config
             first = getattr(config, "decoder_start_token_id", None)
             self.first = first if first is not None else config.pad_token_id
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        if self.packing:
+            joined = {key: torch.tensor([[t for r in rows for t in r[key]]]) for key in ("input_ids", "labels")}
+            return joined | {"position_ids": torch.cat([torch.arange(len(r["input_ids"])) for r in rows])[None]}
         if not self.seq2seq:
             ids, mask = padded([r["input_ids"] for r in rows], left=True)
             labels, _ = padded([r["labels"] for r in rows], left=True, fill=IGNORED)
@@ -51,6 +58,27 @@ class Collate:
         labels, _ = padded([r["labels"][k:] for r, k in zip(rows, cuts, strict=True)], fill=IGNORED)
         given, _ = padded([[self.first, *r["input_ids"][k:-1]] for r, k in zip(rows, cuts, strict=True)])
         return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": given, "labels": labels}
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raise ConfigError unless a packed row's loss is the same whatever row stands before it, to the bit."""
+    if is_seq2seq(model):
+        raise ConfigError(NO_PACKING)
+    collate, device, was_training = Collate(model, packing=True), next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        losses = []
+        for token in (0, 1, 2):
+            before = {"input_ids": [token] * 5, "labels": [IGNORED] * 5}
+            batch = collate([before, {"input_ids": [0, 1, 2, 1], "labels": [IGNORED, IGNORED, 2, 1]}])
+            losses.append(float(answer_loss(model, {key: value.to(device) for key, value in batch.items()})[0]))
+    finally:
+        model.train(was_training)
+    if len(set(losses)) > 1:
+        raise ConfigError(
+            f"packing: {type(model).__name__} reads packed rows as one text, so that each would learn from the one before it; take it out"
+        )
 
 
 def padded(sequences: list[list[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,8 +112,8 @@ def known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if takes(type(unwrapped(model)), key)}
 
 
-def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int = 0) -> Any:
-    """The model's output for a batch of Collate; logits of the last `logits_to_keep` positions only where the model can (0: of all)."""
+def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int | Tensor = 0) -> Any:
+    """The model's output for a batch of Collate; where the model can, logits of the last `logits_to_keep` positions only (0: of all), or of those listed."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     return model(**known(model, **inputs, logits_to_keep=logits_to_keep), use_cache=False)
 
@@ -117,12 +145,18 @@ def read(model: nn.Module, prompts: list[Readable], advance: Any = None) -> None
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:
     """Mean cross-entropy of the answer tokens: sum over them / num_items (all answer tokens of the optimizer step), or / their own number.
 
-    A decoder-only row is padded on the left, so answers end together and the head runs over the last few positions only.
+    A decoder-only row is padded on the left, so answers end together and the head runs over the last few positions only; of packed rows over those before a
+    token of an answer.
     """
     labels = batch["labels"]  # (B, L)
     if is_seq2seq(model):
         outputs = forward(model, batch)
         logits, target = outputs.logits, labels
+    elif "attention_mask" not in batch:  # packed
+        learned = (labels[0] != IGNORED).nonzero()[:, 0]
+        outputs = forward(model, batch, logits_to_keep=learned - 1)
+        logits, target = outputs.logits, labels[:, learned]
+        logits = logits if logits.shape[1] == len(learned) else logits[:, learned - 1]
     else:
         seen = (labels != IGNORED).any(0)  # an answer may have gaps: earlier turns of a conversation
         answer = labels.shape[1] - int(seen.to(torch.int8).argmax())  # position t predicts token t + 1

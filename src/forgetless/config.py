@@ -208,6 +208,8 @@ class RunConfig(_Model):
     """What the weights are kept in. bfloat16 halves them; what becomes of updates it cannot hold is `precision`."""
     precision: Literal["fp32_master", "stochastic_rounding", "kahan", "plain"] = "fp32_master"
     """For bfloat16 weights: an fp32 copy in the optimizer, rounding at random with the right mean, what rounding lost carried on, or nothing."""
+    packing: bool = False
+    """The rows of a batch in one sequence without padding, kept apart by their positions. Decoder-only models whose attention can."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints inside a task; absent: task boundaries only."""
     keep: str = "all"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .batches import IGNORED, forward, is_seq2seq
+from .batches import IGNORED, NO_PACKING, forward, is_seq2seq
 from .config import RunConfig
 from .errors import ConfigError, ForgetlessError, nearest
 from .fake import storage_key
@@ -35,7 +35,7 @@ from .optim.released import keep
 from .record import resident_bytes
 from .subspace import Subspace
 from .tasks import load_stream
-from .trainer import training_arguments
+from .trainer import eager_pays, training_arguments
 
 CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchmarks/results/gorp_ablation_order1.json)
 EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
@@ -90,6 +90,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     on_gpu = gpu is not None or torch.cuda.is_available() and not args.use_cpu
     path = models.resolve(config.model)
     whole = models.configuration(config.model, path, config.trust_remote_code)
+    if config.packing and whole.is_encoder_decoder:
+        raise ConfigError(NO_PACKING)
     rows = [Rows(t.name, None, tokens, tokens, min(8, tokens - 1), 0) for t in config.tasks] if tokens else measure_rows(config, path)
     longest = Rows("", None, 0.0, *(max(getattr(r, key) for r in rows) for key in ("tokens", "answer", "labels")))
     try:
@@ -220,7 +222,7 @@ def plan_blocks(
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"  # autocast keeps the same tensors on both
     with FakeTensorMode(), unmoved(), contextlib.ExitStack() as stack:
         model = models.without_data(shape, getattr(torch, config.dtype), config.trust_remote_code).train()
-        if device == "cpu" and rows.tokens <= 512:
+        if device == "cpu" and eager_pays(rows.tokens, args.per_device_train_batch_size, config.packing):
             model.set_attn_implementation("eager")  # as the Trainer does
         parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
         weights = sum(p.nbytes for p in model.parameters())
@@ -242,7 +244,7 @@ def plan_blocks(
         held, trained = method.held_bytes(), sum(p.numel() for p in learning)
         guarded = [p for group in groups if protects(group) or guards and not held for p in group["params"]]
         step = Step(
-            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device, checkpointing) if run else 0,
+            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
             optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
             embeddings.numel(), embeddings.shape[0],
         )  # fmt: skip
@@ -269,7 +271,7 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def saved_bytes(model: nn.Module, args, rows: Rows, device: str, checkpointing: bool) -> int:
+def saved_bytes(model: nn.Module, args, rows: Rows, device: str, checkpointing: bool, packing: bool) -> int:
     """Bytes that autograd keeps for the backward pass of one micro-batch, the model's own tensors apart, each storage once."""
     own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -281,11 +283,17 @@ def saved_bytes(model: nn.Module, args, rows: Rows, device: str, checkpointing: 
 
     size, answer = args.per_device_train_batch_size, rows.answer
     ids = torch.zeros(size, rows.tokens - answer if is_seq2seq(model) else rows.tokens, dtype=torch.long)
-    batch = {"input_ids": ids} | ({"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)} if is_seq2seq(model) else {})
+    batch, read = {"input_ids": ids}, answer + 1  # a position predicts the token after it
+    if is_seq2seq(model):
+        batch, read = batch | {"decoder_input_ids": torch.zeros(size, answer, dtype=torch.long)}, 0
+    elif packing:
+        batch = {"input_ids": ids.reshape(1, -1), "position_ids": torch.arange(rows.tokens).repeat(size)[None]}
+        read = (torch.arange(size)[:, None] * rows.tokens + torch.arange(rows.tokens - answer - 1, rows.tokens - 1)).reshape(-1)
     if checkpointing:
         model.gradient_checkpointing_enable()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device, dtype=torch.bfloat16, enabled=bool(args.bf16)):
-        logits = forward(model, batch, logits_to_keep=0 if is_seq2seq(model) else answer + 1).logits[:, -answer:].float()
+        logits = forward(model, batch, logits_to_keep=read).logits
+        logits = (logits if packing else logits[:, -answer:]).float()
         nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.zeros(size * answer, dtype=torch.long))
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 

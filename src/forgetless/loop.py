@@ -19,6 +19,7 @@ import torch
 from transformers import set_seed
 
 from . import distributed, models
+from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
 from .errors import ForgetlessError
@@ -102,7 +103,17 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         trained = train_task(
-            model, tokenizer, task, method, method.train_data(task, memory), config.train, seed, progress, checkpoints, config.precision
+            model,
+            tokenizer,
+            task,
+            method,
+            method.train_data(task, memory),
+            config.train,
+            seed,
+            progress,
+            checkpoints,
+            config.precision,
+            config.packing,
         )
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.state_bytes() + method.held_bytes()
@@ -181,6 +192,8 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     method.tokenizer, method.progress = tokenizer, progress
     for task in (*stream, *stream.watch):
         task.check(tokenizer, models.positions(model))
+    if config.packing:
+        check_packing(model)
     if not done:
         method.check(model)  # no module matched: likewise
     if distributed.is_main():

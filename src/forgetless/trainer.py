@@ -114,7 +114,7 @@ class TrainResult:
 
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
-    checkpoints: Checkpoints | None = None, precision: str = "fp32_master",
+    checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
     with contextlib.ExitStack() as stack:
@@ -127,11 +127,11 @@ def train_task(
         if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):
             raise ConfigError(f"task '{task.name}': {len(data)} rows make no whole batch of {batch}, and train.dataloader_drop_last drops the rest")
         attention, use_cache = model.config._attn_implementation, getattr(model.config, "use_cache", None)
-        if args.use_cpu and max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50))) <= 512:
-            # torch 2.13's fused attention is slow backwards on a CPU: a quarter of a step at 8 x 130 tokens. Beyond some length its memory would win
+        longest = max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50)))
+        if args.use_cpu and eager_pays(longest, args.per_device_train_batch_size, packing):
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
-        trainer = make_trainer(model, task, method, data, args, optimizer, log, progress, checkpoints)
+        trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints)
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(len(data), args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
@@ -177,7 +177,7 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
 
 
 def make_trainer(
-    model: nn.Module, task: Task, method: Method, data: Encoded, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
+    model: nn.Module, task: Task, method: Method, data: Encoded, collate: Collate, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
     progress: Progress, checkpoints: Checkpoints | None,
 ):  # fmt: skip
     """A Trainer that asks the method, logs every step into `log`, and stops at a loss that is no number."""
@@ -241,7 +241,7 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=data,
-        data_collator=Collate(model),
+        data_collator=collate,
         optimizers=(optimizer, None),
         callbacks=[Hooks()],
     )
@@ -249,6 +249,11 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = True  # so that num_items_in_batch makes the loss right under accumulation
     return trainer
+
+
+def eager_pays(tokens: int, rows: int, packing: bool) -> bool:
+    """On a CPU torch 2.13's fused attention is slow backwards: a quarter of a step at 8 x 130 tokens. Beyond some length of a sequence its memory wins."""
+    return tokens * (rows if packing else 1) <= 512
 
 
 def advice(rate: float) -> str:
