@@ -102,19 +102,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         else:
             with full_precision():
                 model = method.begin_task(model, task, memory)
-        trained = train_task(
-            model,
-            tokenizer,
-            task,
-            method,
-            method.train_data(task, memory),
-            config.train,
-            seed,
-            progress,
-            checkpoints,
-            config.precision,
-            config.packing,
-        )
+        rows = method.train_data(task, memory)
+        trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, config.precision, config.packing)
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.state_bytes() + method.held_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
