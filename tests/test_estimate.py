@@ -39,7 +39,7 @@ def test_the_bytes_of_a_first_task_are_those_of_the_loaded_model(name, folder, s
     assert peak["weights"] == sum(p.nbytes for p in models.load(folder)[0].parameters())
     assert peak["optimizer_state"] + peak["method_bases"] == sizes["optimizer_state"]
     assert peak["method_statistics"] == sizes["method_statistics_at_most"] and peak["copy_for_the_weight_leak"] == sizes["copy_for_the_weight_leak"]
-    if name in ("osft", "osft-both"):  # gradients that are let go are as large as what is read of them
+    if name in ("osft", "osft-both", "gorp-all"):  # gradients that are let go are as large as what is read of them
         assert peak["gradients"] < sizes["gradients"]
     else:
         assert peak["gradients"] == sizes["gradients"]

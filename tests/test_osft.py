@@ -530,11 +530,6 @@ def test_a_released_gradient_is_gone_before_the_next_one_is_there():
     assert all(p.grad is not None for p in model.parameters())  # the hooks ended with it
 
 
-def test_gradients_are_released_in_fixed_coordinates_only():
-    with pytest.raises(ValueError, match="release=True needs directions"):
-        SubspaceAdamW([{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "rank": 2, "release": True}])
-
-
 # -- what is remembered of the weights -------------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,7 @@ from .errors import ConfigError, ForgetlessError, nearest
 from .fake import storage_key
 from .methods import get
 from .methods.base import Memory, Method
-from .optim import SubspaceAdamW
-from .optim.coordinates import protects
+from .optim import SubspaceAdamW, coordinates
 from .optim.released import keep
 from .record import resident_bytes
 from .subspace import Subspace
@@ -238,11 +237,12 @@ def plan_blocks(
         for p in model.parameters():
             p.requires_grad_(p in learning)
         settings = dict(lr=args.learning_rate, weight_decay=args.weight_decay, precision=config.precision)
+        method.micro_batches = args.gradient_accumulation_steps
         optimizer = method.optimizer(groups, **settings)
         stack.callback(keep, model)
         ours = isinstance(optimizer, SubspaceAdamW)
         held, trained = method.held_bytes(), sum(p.numel() for p in learning)
-        guarded = [p for group in groups if protects(group) or guards and not held for p in group["params"]]
+        guarded = [p for group in groups if coordinates.protects(group) or guards and not held for p in group["params"]]
         step = Step(
             weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
             optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
@@ -262,13 +262,16 @@ def unmoved() -> Iterator[None]:
 
 
 def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of all gradients at once: those that are let go within backward are as large as what is read of them."""
-    total = 0
+    """Of all gradients at once: those that are let go within backward are as large as what is read of them, the largest of them beside."""
+    total, largest = 0, 0
     for group in optimizer.param_groups:
+        # of several micro-batches whole gradients wait for a step that chooses directions, all of them where the layers do not take turns
+        kept = group.get("rank") is not None and getattr(optimizer, "micro_batches", 1) > 1 and not group["stagger"]
         for p in group["params"]:
-            sides = [side if B is None else B.shape[1] for B, side in zip(group.get("directions") or (None, None), p.shape, strict=False)]
-            total += 4 * math.prod(sides) if group.get("release") else p.nbytes
-    return total
+            released = group.get("release") and not kept
+            total += 4 * coordinates.numbers(group, p.shape) if released else p.nbytes
+            largest = max(largest, p.nbytes if released and group["rank"] is not None else 0)
+    return total + largest
 
 
 def saved_bytes(model: nn.Module, args, rows: Rows, device: str, checkpointing: bool, packing: bool) -> int:

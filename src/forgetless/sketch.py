@@ -25,6 +25,11 @@ class Sketch:
 
     def update(self, G: Tensor, scale: float = 1.0) -> None:
         """Add scale * G, G (m, n)."""
+        Y, norm = self.probe(G)
+        self.add(Y, float(norm) * scale)
+
+    def probe(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """(Omega G, ||G||) for G (m, n): all that `add` needs of it. Linear in G until the next `add`."""
         m = G.shape[0]
         G = G.to(working_dtype(G.dtype))
         if m <= self.probes:
@@ -33,7 +38,14 @@ class Sketch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.updates) % 2**63)
             omega = torch.randn(self.probes, m, generator=generator).to(G.device, G.dtype)
             Y = product(omega, G)
-        energy = float(torch.linalg.vector_norm(G)) * scale
+        return Y, torch.linalg.vector_norm(G)
+
+    def norm(self, Y: Tensor, m: int) -> Tensor:
+        """||G|| of G (m, n) as its probes Y have it, with an error of some per cent; exact where they are G itself."""
+        return torch.linalg.vector_norm(Y) / (1.0 if m <= self.probes else self.probes**0.5)
+
+    def add(self, Y: Tensor, energy: float) -> None:
+        """Add a gradient of this norm by its probes Y."""
         # the probes estimate ||G||^2 with an error of some per cent, which would blur the energy rule; it is known exactly, so say it
         Y = Y * (energy / torch.linalg.vector_norm(Y).clamp_min(torch.finfo(Y.dtype).tiny))
         self.updates += 1

@@ -167,6 +167,7 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
         raise ConfigError(f"method {method.name}: nothing to train")
     for p in model.parameters():
         p.requires_grad_(p in trained)
+    method.micro_batches = args.gradient_accumulation_steps
     optimizer = method.optimizer(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                                  weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, seed=seed)  # fmt: skip
     if hasattr(method, "max_grad_norm"):

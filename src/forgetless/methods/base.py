@@ -65,6 +65,7 @@ class Method:
     merge_leak: dict[str, Any] | None = (
         None  # set by end_task of a method that trains beside the weights and adds the result to them: as weight_leak gives it
     )
+    micro_batches: int = 1  # set before optimizer(): how many backward passes make a step
     progress: Progress = Progress()  # likewise: stage and advance for what takes long; silent where nobody has set one
 
     def __init__(self, **options: Any):
@@ -120,7 +121,7 @@ class Method:
         return None
 
     def on_step(self, model: nn.Module) -> None:
-        """Called before each optimizer step, when p.grad holds the whole raw gradient."""
+        """Called before each optimizer step, when p.grad holds the whole raw gradient (None where the optimizer's group releases it)."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What changes inside a task (sketches, generators): saved with a checkpoint, given back on resume."""
@@ -155,9 +156,10 @@ class Method:
         return None
 
 
-def clip_factor(gradients: list[Tensor], max_norm: float | None) -> float:
-    """min(1, max_norm / global norm): how much clipping would shrink these gradients."""
-    if not max_norm or not gradients:
+def clip_factor(gradients: list[Tensor], max_norm: float | None, norms: list[Tensor] | tuple = ()) -> float:
+    """min(1, max_norm / global norm): how much clipping would shrink these gradients, and others of which only the norms are left."""
+    if not max_norm or not (gradients or norms):
         return 1.0
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([g.float() for g in gradients]))))
+    norms = [*(n.float() for n in norms), *(torch._foreach_norm([g.float() for g in gradients]) if gradients else ())]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     return min(1.0, max_norm / (norm + 1e-6))

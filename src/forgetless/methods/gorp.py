@@ -25,6 +25,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .. import distributed
 from ..adapters import LoraOptions, adapters, attach, detach, factors, family_modules, lora_layers
 from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
@@ -56,6 +57,10 @@ class GORPOptions(LoraOptions):
     """Steps between two choices of Q (paper: 10)."""
     stagger: bool = False
     """Choose the layers' Q in turn, some in each step, where all at once would make every refresh_gap-th step a long one."""
+    release_gradients: bool | None = None
+    """With a rank, read a layer's gradient in its coordinates as soon as backward has made it, and let it go: less memory by nearly all gradients. null: wherever the
+    steps stay the same, so in one process, without gradient accumulation, with space_from: sketch. With accumulation (true) coordinates add up, whole gradients are
+    kept in steps that choose directions, and in the others the sketch knows a gradient's energy from its probes only, with an error of some per cent."""
     refresh: Literal["cold", "warm", "exact", "svd"] = "cold"
     moments: Literal["rotate", "reset"] = "rotate"
     full_lr_ratio: float | None = Field(None, gt=0)
@@ -88,7 +93,15 @@ class GORPOptions(LoraOptions):
             raise ValueError("side: both reduces the gradient on both sides, so it needs a rank, such as rank: 8")
         if self.stagger and (self.rank is None or not self.use_full_rank):
             raise ValueError("stagger: true says when directions are chosen, so it needs use_full_rank and a rank, such as rank: 8")
+        if self.release_gradients and not self.may_release:
+            raise ValueError(
+                "release_gradients: true reads gradients in coordinates, so it needs use_full_rank, a rank, such as rank: 8, and space_from: sketch"
+            )
         return self
+
+    @property
+    def may_release(self) -> bool:
+        return self.use_full_rank and self.rank is not None and (self.space_from == "sketch" or not self.use_shared_space)
 
 
 class GORP(Method):
@@ -104,10 +117,14 @@ class GORP(Method):
         self.spaces: dict[str, Subspace] = {}
         self.statistics: dict[str, Sketch | Tensor] = {}  # "full/<module>" and "lora/<module>"
         self.drawn: dict[str, Tensor] = {}  # A of each adapter as the task began
+        self.order: dict[str, int] = {}  # the keys of statistics: their seeds
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # of the gradients that were let go since the last step: probes and norm
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
+        if self.options.release_gradients and distributed.world_size() > 1:
+            raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
         self.full_layers(model)
         if self.options.use_lora:
             lora_layers(model, self.options.lora_modules)
@@ -167,19 +184,59 @@ class GORP(Method):
         ratio = o.full_lr_ratio or (1.0 if o.rank is None else 10.0)
         common = dict(rank=o.rank, refresh_gap=o.refresh_gap, stagger=o.stagger, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
         groups = []
-        for name, layer in self.full_layers(model).items():
+        branches = {"full": self.full_layers(model), "lora": adapters(model)}
+        self.order = {key: i for i, key in enumerate(f"{branch}/{name}" for branch, layers in branches.items() for name in layers)}
+        self.seen = {}
+        for name, layer in branches["full"].items():
             constraint = self.constraint(name)
             if o.rank is None and constraint is None:  # an empty space, so that weight decay pulls toward the task's start here too
                 m, n = logical(layer.weight, layer).shape
                 constraint = Constraint(**{self.space_side: Subspace.empty(n if self.space_side == "inputs" else m)})
             group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": constraint, "transposed": stored_transposed(layer)}
             groups.append(group | common)
-        for name, layer in adapters(model).items():
+        for name, layer in branches["lora"].items():
             # A (rank, in) reads the inputs and B (out, rank) writes the outputs: whichever side the space is on, one factor carries it
             constraint, carries = self.constraint(name), "AB".index("A" if self.space_side == "inputs" else "B")
             for k, factor in enumerate(factors(layer)):
                 groups.append({"params": [factor], "names": [f"{name}.lora_{'AB'[k]}"], "constraint": constraint if k == carries else None})
         return groups
+
+    @property
+    def releases(self) -> bool:
+        o = self.options
+        exact = o.may_release and distributed.world_size() == 1 and self.micro_batches == 1
+        return exact if o.release_gradients is None else o.release_gradients
+
+    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        if self.releases:
+            groups = [group | {"release": True, "observe": self.observer(group)} if group.get("rank") else group for group in groups]
+        optimizer = super().optimizer(groups, **settings)
+        optimizer.micro_batches = self.micro_batches
+        return optimizer
+
+    def observer(self, group: dict[str, Any]) -> Any:
+        """What a released gradient of the group's weight, as stored, is shown to before it goes."""
+        if not self.options.use_shared_space:
+            return None
+        key = f"full/{group['names'][0].removesuffix('.weight')}"
+        turned = group["transposed"] == (self.space_side == "inputs")
+
+        def observe(G: Tensor) -> None:
+            G = G.mT if turned else G
+            sketch = self.sketch(key, G.shape[1])
+            Y, norm = sketch.probe(G)
+            if key in self.seen:  # of an earlier micro-batch
+                Y = Y + self.seen[key][0]
+                norm = sketch.norm(Y, G.shape[0])
+            self.seen[key] = Y, norm
+
+        return observe
+
+    def sketch(self, key: str, n: int) -> Sketch:
+        """The running sketch of these gradients (m, n), begun where there is none."""
+        if key not in self.statistics:
+            self.statistics[key] = Sketch(n, min(self.options.sketch_size, n), seed=self.order[key])
+        return self.statistics[key]
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """The raw gradients whose rows live in the spaces, by branch and module: G or G_A (G^T or G_B^T where the space is on the outputs)."""
@@ -198,12 +255,14 @@ class GORP(Method):
         if not o.use_shared_space:
             return
         gradients = self.gradients(model)
-        factor = clip_factor(list(gradients.values()), self.max_grad_norm)
-        for i, (key, G) in enumerate(gradients.items()):
+        released = {key: self.seen[key] for key in self.order if key in self.seen}
+        factor = clip_factor(list(gradients.values()), self.max_grad_norm, [norm for _, norm in released.values()])
+        for key, (Y, norm) in released.items():
+            self.sketch(key, Y.shape[1]).add(Y, float(norm) * factor)
+        self.seen = {}
+        for key, G in gradients.items():
             if o.space_from == "sketch":
-                if key not in self.statistics:
-                    self.statistics[key] = Sketch(G.shape[1], min(o.sketch_size, G.shape[1]), seed=i)
-                self.statistics[key].update(G, factor)
+                self.sketch(key, G.shape[1]).update(G, factor)
             else:
                 if key not in self.statistics:
                     self.statistics[key] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
@@ -280,7 +339,8 @@ class GORP(Method):
         if o.use_lora:
             layers = [logical(m.weight, m) for m in lora_layers(model, o.lora_modules).values()]
             shapes += [(o.lora_rank, W.shape[1] if inputs else W.shape[0]) for W in layers]
-        return sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16) for m, n in shapes)
+        probes = 32 if self.releases else 16  # those of the step wait for its end
+        return sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + probes) for m, n in shapes)
 
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         if self.space_side != "inputs" or not self.options.use_shared_space:

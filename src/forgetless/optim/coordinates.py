@@ -126,37 +126,53 @@ def sizes(group: dict[str, Any], shape: torch.Size) -> tuple[int, int, int]:
     return m, n, min(group["rank"], m - _width(U), n - _width(V))
 
 
+def numbers(group: dict[str, Any], shape: torch.Size) -> int:
+    """Numbers in R for a weight of this shape."""
+    if group["directions"] is not None:
+        m, n = (side if B is None else B.shape[1] for B, side in zip(group["directions"], shape, strict=True))
+        return m * n
+    m, _, r = sizes(group, shape)
+    return r * (r if group["side"] == "both" else m)
+
+
 def elements(group: dict[str, Any], shape: torch.Size) -> int:
     """Numbers in the moments of a weight of this shape, and in the bases that are chosen for it."""
     if group["directions"] is not None:
-        m, n = (side if B is None else B.shape[1] for B, side in zip(group["directions"], shape, strict=True))
-        return 2 * m * n
+        return 2 * numbers(group, shape)
     m, n, r = sizes(group, shape)
-    return (2 * r + m + n) * r if group["side"] == "both" else (2 * m + n) * r
+    return 2 * numbers(group, shape) + (m + n if group["side"] == "both" else n) * r
 
 
 def _width(V: Tensor | None) -> int:
     return 0 if V is None else V.shape[1]
 
 
-def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int) -> Tensor | None:
-    """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due. None: no gradient yet, or nothing is permitted."""
+def due(group: dict[str, Any], state: dict[str, Any], index: int) -> bool:
+    """Are directions to be chosen anew for the next step of the weight with this place among all?"""
+    turn = int(state.get("updates", 0)) + (index if group["stagger"] else 0)
+    return turn % group["refresh_gap"] == 0 or "basis" not in state
+
+
+def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int, refresh: bool = True) -> Tensor | None:
+    """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due, unless `refresh` is False. None: no gradient yet, or nothing is
+    permitted. R is linear in G but for that choice; `cleaned` comes after the sum over micro-batches."""
     if group["directions"] is not None:
         R = in_directions(group, G)
         return restrict_whole_side_(group, R) if R.numel() else None
-    updates = int(state.get("updates", 0))
-    turn = updates + (index if group["stagger"] else 0)
-    if turn % group["refresh_gap"] == 0 or "basis" not in state:
-        choose(group, state, G, (seed, index, updates))
+    if refresh and due(group, state, index):
+        choose(group, state, G, (seed, index, int(state.get("updates", 0))))
     if "basis" not in state:
         return None
     if group["side"] != "both":
         return product(read(group, G), state["basis"])
     if not covers(group):
         G = group["constraint"].permitted(G)
-    R = state["basis_left"].mT @ product(read(group, G), state["basis"])
-    # in its own singular directions a gradient is diagonal: the rest of R is round-off, and Adam, which divides by it, would make steps of full length of that
-    return R * (R.abs() > tolerance(R.dtype) * R.abs().max())
+    return state["basis_left"].mT @ product(read(group, G), state["basis"])
+
+
+def cleaned(group: dict[str, Any], R: Tensor) -> Tensor:
+    """R without what is round-off in it: in its own singular directions a gradient is diagonal, and Adam, which divides by the rest, would make whole steps of it."""
+    return R if group["rank"] is None or group["side"] != "both" else R * (R.abs() > tolerance(R.dtype) * R.abs().max())
 
 
 def in_directions(group: dict[str, Any], G: Tensor) -> Tensor:

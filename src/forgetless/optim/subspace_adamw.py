@@ -30,7 +30,7 @@ from ..subspace import Constraint, working_dtype
 from . import coordinates, rounding
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
-NOT_SAVED = ("constraint", "directions", "names", "release")
+NOT_SAVED = ("constraint", "directions", "names", "release", "observe")
 BATCH = 1 << 22  # numbers that go through Adam in one call
 
 Used = tuple[dict[str, Any], Tensor, Tensor, int]  # in one step: group, weight, R, the weight's place among all
@@ -47,8 +47,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 P out x r, Q in x r; (2 r + out + in) r).
             directions (pair, optional): in place of a rank, fixed orthonormal P (out, p) and Q (in, q), R = P^T G Q, dW = P step(R) Q^T, so all outside span(P) and
                 span(Q) is protected. Either may be None: that side stays whole, R is held off what the constraint protects there before Adam and after it.
-            release (bool): with directions, take R from a gradient as soon as backward has made it and let the gradient go, so that no two whole ones live at once.
-                Micro-batches add up in R (each costs the two products). p.grad is None at the step; clipping is by the norm of all R, as without it.
+            release (bool): with directions or a rank, take R from a gradient as soon as backward has made it and let the gradient go, so that no two whole ones live
+                at once. Micro-batches add up in R (each costs the products). p.grad is None at the step; clipping is by the norm of all R, as without it. Of a rank's
+                directions: they are chosen for the step's whole gradient where `optimizer.micro_batches` says how many make a step (those gradients are kept until
+                then), else for the first micro-batch's.
+            observe (callable): with release, observe(G) sees each whole gradient before it goes, but for those that are kept.
             transposed (bool): the weight is stored (in, out), as transformers' Conv1D does; constraint, directions and side speak of the logical (out, in)
                 matrix all the same. `param_groups` then shows them as they are for the stored weight, and no `transposed`.
             refresh_gap (int): steps between two choices of Q, and P.
@@ -92,10 +95,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, side="inputs",
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, observe=None, side="inputs",
             refresh_gap=10, stagger=False, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
         )  # fmt: skip
         self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
+        self.micro_batches = 1
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -116,8 +120,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
         if not isinstance(transposed, bool):
             raise ValueError(f"SubspaceAdamW: transposed={transposed!r}; True for a weight stored (in, out), or False")
-        if group["release"] and group["directions"] is None:
-            raise ValueError("SubspaceAdamW: release=True needs directions: only in fixed coordinates do gradients add up as they come")
+        if group["release"] and not coordinates.reduced(group):
+            raise ValueError("SubspaceAdamW: release=True needs directions or a rank: a dense gradient is no smaller as Adam uses it")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
             raise ValueError(f"SubspaceAdamW: rank={group['rank']} and refresh_gap={group['refresh_gap']} must be at least 1")
         for p in group["params"]:
@@ -143,8 +147,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
         group["constraint"] = constraint
         if group["release"]:
-            for p in group["params"]:
-                self._release_gradients(group, p)
+            first = sum(len(g["params"]) for g in self.param_groups[:-1])
+            for i, p in enumerate(group["params"]):
+                self._release_gradients(group, p, first + i)
 
     @staticmethod
     def _keeps_start(group: dict[str, Any]) -> bool:
@@ -164,7 +169,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def _step(self) -> None:
         used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
-        used = [(group, p, R, i) for group, p, R, i in used if R is not None]
+        used = [(group, p, coordinates.cleaned(group, R), i) for group, p, R, i in used if R is not None]
         self._clip([R for _, _, R, _ in used])
         leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
@@ -175,8 +180,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def _gradient(self, group: dict[str, Any], p: Tensor, index: int) -> Tensor | None:
         """The gradient as Adam will see it: G, its permitted part, or its coordinates R. None: nothing to do in this step."""
-        if p in self._released:
-            return self._released.pop(p)
+        return self._released.pop(p) if p in self._released else self._reduce(group, p, index)
+
+    def _reduce(self, group: dict[str, Any], p: Tensor, index: int, refresh: bool = True) -> Tensor | None:
         G = p.grad
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
@@ -191,9 +197,9 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 G.copy_(permitted)
                 G = permitted  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
-        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index)
+        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index, refresh)
 
-    def _release_gradients(self, group: dict[str, Any], p: Tensor) -> None:
+    def _release_gradients(self, group: dict[str, Any], p: Tensor, index: int) -> None:
         """From now on p's gradient becomes R as soon as backward is done with it. Ends with the optimizer."""
         held = weakref.ref(self)
 
@@ -201,18 +207,25 @@ class SubspaceAdamW(torch.optim.Optimizer):
             optimizer = held()
             if optimizer is None or p.grad is None:  # none where the layer has handed R in already
                 return
-            with torch.no_grad():
-                R = coordinates.in_directions(group, p.grad.to(working_dtype(p.dtype)))
+            begun = p in optimizer._released
+            if group["rank"] is not None and optimizer.micro_batches > 1 and not begun and coordinates.due(group, optimizer.state[p], index):
+                return  # kept: directions are chosen for the whole step's gradient
+            with torch.no_grad(), full_precision():
+                if group["observe"] is not None:
+                    group["observe"](p.grad)
+                R = optimizer._reduce(group, p, index, refresh=not begun)
             p.grad = None
-            optimizer.receive(group, p, R)
+            if R is not None:
+                optimizer.receive(group, p, R)
 
         weakref.finalize(self, p.register_post_accumulate_grad_hook(take).remove)
 
     @torch.no_grad()
     def receive(self, group: dict[str, Any], p: Tensor, R: Tensor) -> None:
-        """Add R, the gradient of p in the coordinates of its group's directions, to what the next step will use. (optim/released.py hands it in.)"""
+        """Add R, the gradient of p in the coordinates of its group's directions or basis, to what the next step will use. (optim/released.py hands it in.)"""
         if R.numel():
-            R = coordinates.restrict_whole_side_(group, R.to(working_dtype(p.dtype)).contiguous())
+            R = R.to(working_dtype(p.dtype)).contiguous()
+            R = R if group["directions"] is None else coordinates.restrict_whole_side_(group, R)
             self._released[p] = R if p not in self._released else self._released[p].add_(R)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
