@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from forgetless import Constraint, SubspaceAdamW, products
+from forgetless import Constraint, SubspaceAdamW, native, products
+from forgetless.errors import ConfigError
 from forgetless.optim.constrained import constrain
 from forgetless.products import BLOCK, add_product_, full_precision, product
 
@@ -163,3 +168,86 @@ def test_a_task_begins_resumes_protects_and_ends_in_full_precision(tf32, monkeyp
         fl.run(config)
     fl.run(config)
     assert seen == {hook: {"ieee"} for hook in ("begin_task", "resume_task", "protect", "end_task")} and tf32.fp32_precision == "tf32"
+
+
+# -- products in C -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_c(monkeypatch, tmp_path):
+    """FORGETLESS_NATIVE=1, compiled in a folder of its own, and how often it was called."""
+    if not shutil.which(os.environ.get("CC") or "cc"):
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("FORGETLESS_NATIVE", "1")
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "SMALL", 0)
+    native.library.cache_clear()
+    calls = []
+    for name in ("product", "add_product_"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    yield calls
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("r", [1, 3, 4, 6, 7, 8])
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 40), (7, 15), (6, 16), (33, 50), (64, 96), (301, 129)])
+def test_thin_products_in_c_are_the_products(in_c, m, n, r, threads):
+    draw, before = torch.Generator().manual_seed(m * n + r), torch.get_num_threads()
+    A, B, L, C = (torch.randn(*shape, generator=draw) for shape in ((m, n), (n, r), (m, r), (m, n)))
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(product(A, B).double(), A.double() @ B.double(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(product(A, B.mT.contiguous().mT).double(), A.double() @ B.double(), rtol=1e-5, atol=1e-4)
+        expected = C.double() - 0.5 * L.double() @ B.double().mT
+        assert add_product_(C, L, B.mT, alpha=-0.5) is C
+        torch.testing.assert_close(C.double(), expected, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+    assert in_c == ["product", "product", "add_product_"]
+    assert [p.suffix for p in Path(os.environ["FORGETLESS_CACHE"]).iterdir()] == [".so"]  # whole, and nothing beside it
+
+
+def test_what_c_does_not_take_goes_where_it_went(in_c):
+    A, B = torch.randn(40, 30), torch.randn(30, 4)
+    for a, b in ((A.double(), B.double()), (A.bfloat16(), B.bfloat16()), (A.mT.contiguous().mT, B), (A, torch.randn(30, 9)), (A[:, :20], B[:20])):
+        torch.testing.assert_close(product(a, b), a @ b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    A.requires_grad_(True)
+    assert product(A, B).requires_grad and product(torch.randn(40, 30), B.clone().requires_grad_(True)).requires_grad
+    assert in_c == []
+    with torch.no_grad():
+        product(A, B)
+    assert in_c == ["product"]
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
+def test_low_rank_steps_in_c_are_the_same_steps_and_leak_nothing(in_c, side, monkeypatch):
+    V, steps = torch.linalg.qr(torch.randn(48, 5, generator=torch.Generator().manual_seed(0)))[0].contiguous(), []
+    constraint = Constraint(outputs=V) if side == "outputs" else Constraint(inputs=V)
+    for value in ("1", "0"):
+        monkeypatch.setenv("FORGETLESS_NATIVE", value)
+        native.library.cache_clear()
+        W = torch.nn.Parameter(torch.zeros(48, 48))
+        optimizer = SubspaceAdamW([{"params": [W], "rank": 4, "side": side, "constraint": constraint, "refresh_gap": 3}], lr=1e-2)
+        for t in range(7):
+            W.grad = torch.randn(48, 48, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        steps.append(W.detach().clone())
+        D = W.detach() if side != "outputs" else W.detach().mT
+        assert float((D @ V).norm() / D.norm()) < 1e-5
+    assert "add_product_" in in_c and float((steps[0] - steps[1]).norm() / steps[1].norm()) < 1e-2
+
+
+def test_no_compiler_and_a_value_that_means_nothing_are_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path))
+    for env, says in (
+        ({"CC": "no-such-compiler"}, "cannot compile with no-such-compiler"),
+        ({"FORGETLESS_NATIVE": "yes"}, "FORGETLESS_NATIVE=yes: 1 compiles"),
+    ):
+        native.library.cache_clear()
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=says):
+            for key, value in ({"FORGETLESS_NATIVE": "1"} | env).items():
+                patch.setenv(key, value)
+            native.library()
+    native.library.cache_clear()

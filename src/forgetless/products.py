@@ -2,7 +2,7 @@
 
 torch multiplies fp32 matrices by MKL, which on AMD's processors leaves AVX-512 unused: oneDNN, which torch brings too, takes half the time for the same sum in the
 same precision (`python -m forgetless.bench step` counts on it). torch.compile reaches oneDNN by the same operator as this file. Elsewhere, and in any other
-dtype, these functions are torch's own.
+dtype, these functions are torch's own. With FORGETLESS_NATIVE=1 thin products are native.py's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import native
 
 SMALL = 1 << 18  # multiplications below which the call itself is what takes the time
 BLOCK = 1 << 18  # elements of a product that are added before they leave the cache
@@ -41,8 +43,15 @@ def _suits(A: Tensor, B: Tensor) -> bool:
     )
 
 
+def _plain_alike(A: Tensor, *others: Tensor) -> bool:
+    """Are the others of A's dtype and device, and of nobody's graph?"""
+    return all(B.dtype == A.dtype and B.device == A.device and not (torch.is_grad_enabled() and B.requires_grad) for B in others)
+
+
 def product(A: Tensor, B: Tensor) -> Tensor:
     """A B, contiguous; A (m, k), B (k, n), in any layout."""
+    if native.suits(A, B.shape[1]) and _plain_alike(A, B):
+        return native.product(A, B)
     if not _suits(A, B):
         return A @ B
     if A.stride(1) == 1:
@@ -53,6 +62,8 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
     """C <- C + alpha A B in place, C (m, n), A (m, k), B (k, n): by blocks of rows, so that no product of C's size is written."""
+    if native.suits(C, A.shape[1]) and _plain_alike(C, A, B):
+        return native.add_product_(C, A, B.mT, alpha)
     if A.shape[1] < 32 or not _suits(A, B):  # a thin product is quicker than reading and writing C, whoever makes it
         return C.addmm_(A, B, alpha=alpha)
     if C.stride(0) < C.stride(1):  # C^T <- C^T + alpha B^T A^T: blocks of rows as they are stored

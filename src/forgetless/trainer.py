@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, native
 from .batches import Collate, Encoded, answer_loss
 from .checkpoint import Checkpoints
 from .errors import ConfigError, Diverged, nearest
@@ -101,7 +101,7 @@ class TrainResult:
 
     optimizer: torch.optim.Optimizer
     start: dict[Tensor, Tensor]  # each constrained weight as it was
-    steps: list[dict[str, Any]]  # loss, learning_rate, update_leak a step
+    steps: list[dict[str, Any]]  # loss, learning_rate, update_leak a step; captured and captured_of_best where directions were chosen
     autocast: bool
 
     def state_bytes(self) -> int:
@@ -173,6 +173,8 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = args.max_grad_norm
     if isinstance(optimizer, SubspaceAdamW):
+        native.library()  # what cannot be compiled is said before the first step
+        optimizer.track_captured = True
         args.max_grad_norm = 0.0  # the Trainer clips before the projection; this optimizer does after it
     return optimizer
 
@@ -200,7 +202,9 @@ def make_trainer(
         def on_step_end(self, args, state, control, **_):
             losses, trainer.micro_losses = trainer.micro_losses, []
             loss = distributed.mean(sum(losses), args.device)  # each micro-batch carries its share of the step's answer tokens
-            log.append({"step": state.global_step, "loss": loss, "learning_rate": self.rate, "update_leak": getattr(optimizer, "update_leak", None)})
+            entry = {"step": state.global_step, "loss": loss, "learning_rate": self.rate, "update_leak": getattr(optimizer, "update_leak", None)}
+            captured = {key: value for key in ("captured", "captured_of_best") if (value := getattr(optimizer, key, None)) is not None}
+            log.append(entry | captured)
             progress.advance(state.global_step, f"loss {loss:.3f}")
 
         def on_save(self, args, state, control, **_):

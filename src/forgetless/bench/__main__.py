@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from ..errors import ForgetlessError
-from . import osft, refresh, step, train
+from . import memory, osft, refresh, step, train
 
-BENCHMARKS = {"osft": osft, "refresh": refresh, "step": step, "train": train}
+BENCHMARKS = {"memory": memory, "osft": osft, "refresh": refresh, "step": step, "train": train}
 
 
 def main(arguments: list[str] | None = None) -> int:

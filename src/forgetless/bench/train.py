@@ -52,14 +52,31 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # method and options; the reference, 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser, CONTENDERS, tuple(CONTENDERS))
+    add_common(parser, "train", 10)
+
+
+def add_model_options(parser: argparse.ArgumentParser, contenders: dict[str, dict[str, Any]], default: tuple[str, ...]) -> None:
+    """A model, the rows of its steps, the closed directions of its layers, and the methods that train it."""
     parser.add_argument("--shapes", choices=MODELS, default="smollm2", help="default: smollm2")
     parser.add_argument("--layers", type=count, help="blocks; default: all the model has")
     parser.add_argument("--rows", type=count, default=8, help="rows of a step; default: 8")
     parser.add_argument("--tokens", nargs="+", type=count, default=[64], help="tokens of a row; default: 64")
     parser.add_argument("--space", type=int, default=64, help="closed input directions of each layer, where a method closes inputs; default: 64")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all; adamw always takes part")
+    said = "all" if len(default) == len(contenders) else " ".join(default)
+    parser.add_argument("--contenders", nargs="+", choices=contenders, default=list(default), help=f"default: {said}; adamw always takes part")
     parser.add_argument("--autocast", action="store_true", help="compute in bf16 over fp32 weights")
-    add_common(parser, "train", 10)
+
+
+def wanted(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The keys of the cells asked for. Raises ConfigError for a space or a row that does not fit."""
+    shape = MODELS[options.shapes]
+    if options.space < 0 or options.space >= shape["hidden_size"]:
+        raise ConfigError(f"--space {options.space}: the layers of {options.shapes} have {shape['hidden_size']} inputs")
+    if min(options.tokens) <= ANSWER:
+        raise ConfigError(f"--tokens {min(options.tokens)}: a row needs more than the {ANSWER} tokens its loss is of")
+    layers = options.layers or shape["num_hidden_layers"]
+    return [dict(zip(KEY, (options.shapes, layers, options.rows, tokens, options.space), strict=True)) for tokens in options.tokens]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -73,15 +90,8 @@ def run(options: argparse.Namespace) -> None:
     }
     results = Results(results_file(options, "train"), KEY)
     head = {"benchmark": "train", "environment": environment(options.device)}
-    shape = MODELS[options.shapes]
-    if options.space < 0 or options.space >= shape["hidden_size"]:
-        raise ConfigError(f"--space {options.space}: the layers of {options.shapes} have {shape['hidden_size']} inputs")
-    if min(options.tokens) <= ANSWER:
-        raise ConfigError(f"--tokens {min(options.tokens)}: a row needs more than the {ANSWER} tokens its loss is of")
-    layers = options.layers or shape["num_hidden_layers"]
-    wanted = [dict(zip(KEY, (options.shapes, layers, options.rows, tokens, options.space), strict=True)) for tokens in options.tokens]
     cells = measure_all(
-        results, wanted, settings, versions(*PACKAGES), head, options.again,
+        results, wanted(options), settings, versions(*PACKAGES), head, options.again,
         lambda key: f"{key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed", options.contenders,
         lambda key: {"contenders": {name: measure(key, CONTENDERS[name], settings, options.device) for name in options.contenders}},
     )  # fmt: skip
@@ -90,6 +100,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 # -- one contender ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_batch(key: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    ids = torch.randint(10, MODELS[key["shapes"]]["vocab_size"], (key["rows"], key["tokens"]), generator=torch.Generator().manual_seed(1)).to(device)
+    labels = ids.clone()
+    labels[:, :-ANSWER] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def make_model(key: dict[str, Any], device: torch.device) -> nn.Module:
@@ -159,10 +176,7 @@ def phases(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | 
 def measure(key: dict[str, Any], spec: dict[str, Any], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """One contender and AdamW in turns. Held: bytes at the end of a backward pass of what can be reached from model, optimizer and method."""
     gc.collect()
-    ids = torch.randint(10, MODELS[key["shapes"]]["vocab_size"], (key["rows"], key["tokens"]), generator=torch.Generator().manual_seed(1)).to(device)
-    labels = ids.clone()
-    labels[:, :-ANSWER] = IGNORED
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = make_batch(key, device)
     plain = make_model(key, device)
     reference = adamw(plain)
     model, optimizer, method = ours(make_model(key, device), spec, key["space"])

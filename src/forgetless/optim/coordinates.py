@@ -13,6 +13,7 @@ side that Q reduces last, (m, n) below. The group's constraint and side speak of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,21 +154,39 @@ def due(group: dict[str, Any], state: dict[str, Any], index: int) -> bool:
     return turn % group["refresh_gap"] == 0 or "basis" not in state
 
 
-def gradient(group: dict[str, Any], state: dict[str, Any], G: Tensor, seed: int, index: int, refresh: bool = True) -> Tensor | None:
-    """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due, unless `refresh` is False. None: no gradient yet, or nothing is
-    permitted. R is linear in G but for that choice; `cleaned` comes after the sum over micro-batches."""
+def gradient(
+    group: dict[str, Any],
+    state: dict[str, Any],
+    G: Tensor,
+    seed: int,
+    index: int,
+    refresh: bool = True,
+    chosen: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor | None:
+    """R (m, r) or (r, r) of the gradient G, after a new choice of directions where one is due, unless `refresh` is False; chosen(G, R) is called after one. None:
+    no gradient yet, or nothing is permitted. R is linear in G but for that choice; `cleaned` comes after the sum over micro-batches."""
     if group["directions"] is not None:
         R = in_directions(group, G)
         return restrict_whole_side_(group, R) if R.numel() else None
-    if refresh and due(group, state, index):
+    refresh = refresh and due(group, state, index)
+    if refresh:
         choose(group, state, G, (seed, index, int(state.get("updates", 0))))
     if "basis" not in state:
         return None
     if group["side"] != "both":
-        return product(read(group, G), state["basis"])
-    if not covers(group):
-        G = group["constraint"].permitted(G)
-    return state["basis_left"].mT @ product(read(group, G), state["basis"])
+        R = product(read(group, G), state["basis"])
+    else:
+        permitted = G if covers(group) else group["constraint"].permitted(G)
+        R = state["basis_left"].mT @ product(read(group, permitted), state["basis"])
+    if refresh and chosen is not None:
+        chosen(G, R)
+    return R
+
+
+def best_energy(group: dict[str, Any], G: Tensor) -> Tensor:
+    """||R||^2 if the directions were the very best for G: its strongest permitted ones."""
+    A = G if group["constraint"] is None else group["constraint"].permitted(G)
+    return top_subspace(read(group, A), sizes(group, G.shape)[2], "gram").energy.sum()
 
 
 def cleaned(group: dict[str, Any], R: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
         seed: of the random starts of "cold", and of stochastic rounding.
 
     `track_leak = True` makes each step measure the largest ||forbidden part|| / ||update|| over its tensors into `update_leak` (a small extra product a tensor).
+    `track_captured = True` makes each step that chooses directions note the share of a gradient's energy they hold, ||R||^2 / ||G||^2, its mean over the tensors, in
+    `captured`, and every tenth choice how much that is of the most r directions could hold, on one tensor, in `captured_of_best`. Both None in other steps.
 
     Raises ValueError for a basis that does not fit its weight, an unknown option value, a rank below 1, a rank or `transposed` on a tensor that is no matrix.
 
@@ -105,6 +108,10 @@ class SubspaceAdamW(torch.optim.Optimizer):
         self.seed = seed
         self.track_leak = False
         self.update_leak: float | None = None
+        self.track_captured = False
+        self.captured: float | None = None
+        self.captured_of_best: float | None = None
+        self._captures: list[tuple[Tensor, Tensor | None]] = []  # since the last step: a tensor's share, and the largest there could be
         self.grad_norm: Tensor | None = None
 
     # -- checking ------------------------------------------------------------------------------------------------------------------
@@ -171,6 +178,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
         used = [(group, p, coordinates.cleaned(group, R), i) for group, p, R, i in used if R is not None]
         self._clip([R for _, _, R, _ in used])
+        self._sum_up_captures()
         leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
         self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
@@ -197,7 +205,25 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 G.copy_(permitted)
                 G = permitted  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
-        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index, refresh)
+        chosen = partial(self._capture, group, index, int(self.state[p].get("updates", 0))) if self.track_captured else None
+        return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index, refresh, chosen)
+
+    def _capture(self, group: dict[str, Any], index: int, updates: int, G: Tensor, R: Tensor) -> None:
+        """Note how much of G its new coordinates R hold; of one tensor in each tenth choice, the most they could hold."""
+        total = torch.linalg.vector_norm(G).double() ** 2
+        choice, count = updates // group["refresh_gap"], sum(len(g["params"]) for g in self.param_groups if g["rank"] is not None)
+        best = coordinates.best_energy(group, G).double() / total if choice % 10 == 0 and self._rank_index(index) == choice // 10 % count else None
+        self._captures.append((torch.linalg.vector_norm(R).double() ** 2 / total, best))
+
+    def _rank_index(self, index: int) -> int:
+        """The place of a tensor among those with a rank."""
+        return sum(group["rank"] is not None for i, (group, _) in enumerate(self._each()) if i < index)
+
+    def _sum_up_captures(self) -> None:
+        shares, sampled = [share for share, _ in self._captures], [share / best for share, best in self._captures if best is not None and best > 0]
+        self.captured = float(torch.stack([s.cpu() for s in shares]).mean()) if shares else None
+        self.captured_of_best = float(sampled[0]) if sampled else None
+        self._captures.clear()
 
     def _release_gradients(self, group: dict[str, Any], p: Tensor, index: int) -> None:
         """From now on p's gradient becomes R as soon as backward is done with it. Ends with the optimizer."""
@@ -231,6 +257,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._released.clear()
+        self._captures.clear()
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if not self.max_grad_norm or not gradients:

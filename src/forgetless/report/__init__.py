@@ -96,6 +96,7 @@ def read_run(path: Path, name: str) -> dict[str, Any]:
         "metric_table": metric_table(scorers, matrix["metrics"]),
         "loss_chart": loss_chart([(i, tasks[i], points) for i, points in sorted(timing["loss"].items())]),
         "costs": [cost_row(i, timing["tasks"][i]) for i in sorted(timing["tasks"])],
+        "captured": any("captured" in record for record in timing["tasks"].values()),
         "coverage": coverage_table(timing["tasks"]),
         "config": config_text,
         "lineage": lineage,
@@ -283,6 +284,7 @@ def cost_row(index: int, record: dict[str, Any]) -> dict[str, Any]:
         "weight_leak": small(leak),
         "bound": small(bound),
         "over": None not in (leak, bound) and leak > bound,
+        "captured": [percent(record.get("captured")), percent(record.get("captured_of_best"))],
         "space": [get(space, "modules"), fixed(get(space, "rank_mean")), get(space, "rank_max"), percent(get(space, "share"))],
     }
 
