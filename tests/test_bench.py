@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless.bench import osft, refresh, step
+from forgetless.bench import memory, osft, refresh, step
 from forgetless.bench.__main__ import main
 from forgetless.bench.measure import Times, interleaved, live_bytes
 from forgetless.bench.results import Results
@@ -226,3 +226,26 @@ def test_a_training_step_is_measured_whole_beside_adamw_on_the_same_layers(tmp_p
     assert main([*options, "--space", "40"]) == 2 and main([*options, "--tokens", "3"]) == 2
     err = capsys.readouterr().err
     assert "have 32 inputs" in err and "more than the 4 tokens" in err
+
+
+def test_the_most_a_process_holds_is_measured_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
+    path, apart, pids = tmp_path / "out.json", memory.apart, []
+    # one contender really in a process of its own; the others here, which is quicker
+    monkeypatch.setattr(memory, "apart", lambda key, name, *more: (apart if name == "adamw" else here)(key, name, *more))
+
+    def here(*key):
+        pids.append(1)
+        return memory.peaks(*key)
+
+    options = ["memory", "--shapes", "tiny", "--space", "4", "--tokens", "12", "--rows", "2", "--out", str(path)]
+    assert main([*options, "--contenders", "gorp-rank-8-kept", "gorp-rank-8"]) == 0
+    found = json.loads(path.read_text())["cells"][0]["contenders"]
+    assert list(found) == ["adamw", "gorp-rank-8-kept", "gorp-rank-8"] and len(pids) == 2
+    linear = 2 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 32 * 64)
+    for name, own in found.items():
+        assert 4 * (linear + 128 * 32 + 5 * 32) <= own["weights"] < own["after_backward"], name
+    assert found["adamw"]["peak"] > found["adamw"]["weights"] and memory.resident("VmHWM") >= memory.resident("VmRSS") > 0
+    assert (
+        found["gorp-rank-8-kept"]["after_backward"] - found["gorp-rank-8"]["after_backward"] > 0.7 * 4 * linear
+    )  # all gradients but for what is read of them
+    assert "x kept" in capsys.readouterr().out

@@ -1035,3 +1035,34 @@ def test_stagger_without_a_rank_is_refused():
     with pytest.raises(ConfigError, match="stagger: true"):
         methods.get("gorp", stagger=True)
     assert methods.get("gorp", stagger=True, rank=4).options.stagger
+
+
+# -- how much of the gradient the directions hold ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize("refresh", ["exact", "cold", "svd"])
+def test_the_energy_that_directions_hold_is_noted_when_they_are_chosen(refresh, side, release):
+    """A gradient with singular values 3, 2, 1: one direction holds 9/14 of it, and 4/14 where the strongest is closed."""
+    U, V = basis(M, 3, seed=1), basis(N, 3, seed=2)
+    G = U @ torch.diag(torch.tensor([3.0, 2.0, 1.0])) @ V.mT
+    closed = Constraint(outputs=U[:, :1]) if side == "outputs" else Constraint(inputs=V[:, :1])
+    for constraint, share in ((None, 9 / 14), (closed, 4 / 14)):
+        W, seen = nn.Parameter(torch.zeros(M, N)), []
+        group = {"params": [W], "rank": 1, "side": side, "refresh": refresh, "refresh_gap": 2, "constraint": constraint, "release": release}
+        optimizer = SubspaceAdamW([group, {"params": [weight()]}], lr=1e-3)
+        optimizer.track_captured = True
+        for _ in range(3):
+            (W * G).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append((optimizer.captured, optimizer.captured_of_best))
+        close = functools.partial(pytest.approx, rel=1e-4 if refresh != "cold" else 0.2)
+        assert seen[0] == (close(share), close(1.0)) and seen[1] == (None, None)
+        assert seen[2] == (close(share), None)  # the best there is is looked for in every tenth choice
+        assert seen[0][0] <= share * (1 + 1e-5)
+    untracked = SubspaceAdamW([{"params": [W], "rank": 1}], lr=1e-3)
+    W.grad = G
+    untracked.step()
+    assert untracked.captured is None and untracked.captured_of_best is None

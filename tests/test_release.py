@@ -106,6 +106,8 @@ def test_a_run_is_the_same_run(micro, small_run, tmp_path):
         lines.append(
             [(line["model_sha256"], line["state_sha256"]) for line in map(json.loads, (result.path / "lineage.jsonl").read_text().splitlines())]
         )
+        tasks = [json.loads(line) for line in (result.path / "timing.jsonl").read_text().splitlines()]
+        assert all(0.1 < task["captured"] < 1 and 0.5 < task["captured_of_best"] < 1 + 1e-6 for task in tasks if task["event"] == "task")
     if micro == 1:
         assert lines[0] == lines[1]
     spaces = [memory.spaces() for memory in memories]

@@ -190,6 +190,16 @@ def test_weight_leak_over_its_bound_is_marked(tmp_path: Path) -> None:
     assert "over its bound" in report(run)[1].text
 
 
+def test_what_a_low_rank_state_holds_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    assert "Energy held" not in report(run)[1].text
+    write_lines(run / "timing.jsonl", [done(0, "cities", captured=0.437, captured_of_best=0.972), done(1, "tickets")])
+    html, page = report(run)
+    assert "Energy held, %" in page.text and "43.7" in page.text and "97.2" in page.text
+    table = html[html.index("Energy held, %") :].partition("</table>")[0]
+    assert [len(re.findall("<t[dh]", row)) for row in table.split("<tr>")[1:]] == [14, 14], "every row has a cell for every column"
+
+
 # ---- what came from data stays text; nothing is loaded
 
 

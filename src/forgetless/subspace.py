@@ -101,12 +101,20 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
     P = _less(A, against)
     Q, R = torch.linalg.qr(P)
     U, s, Vh = torch.linalg.svd(R)
-    r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small and this runs once a refresh
+    r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small
     # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
     Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
     if r and b:  # twice: with scale 0 a column may be what rounding left of one inside `against`
         Q = _less(_less(Q, against), against)
     return _qr(Q) if r else Q.contiguous()
+
+
+def renewed(Q: Tensor, against: Tensor | None = None) -> Tensor:
+    """Q (n, k), whose columns are orthonormal and off `against` but for rounding, made so to the last digit; with fewer columns only where that was not so."""
+    P = _less(Q, against)
+    if P is not Q and bool(torch.linalg.vector_norm(P, dim=0).min() < 0.5):
+        return orthonormalize(Q, against)
+    return _qr(P)
 
 
 def _qr(A: Tensor) -> Tensor:
@@ -121,8 +129,8 @@ def top_subspace(
     """The k leading right singular directions of A (m, n), or of A (I - V V^T) for V = `off`, strongest first, with energy = squared singular values.
 
     method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
-    `start` (n, l), l >= k; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only). Directions under the
-    tolerance are dropped, so fewer than k may come back, none for a zero A.
+    `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only).
+    Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
     """
     m, n = A.shape
     k = min(m, n) if k is None else min(k, m, n)
@@ -131,11 +139,11 @@ def top_subspace(
     if method == "power":
         if start is None:
             raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
-        Q = _less(start, off)  # here once is enough: what is left of `off` would only be found a little less well
+        Q = start
         for i in range(iterations):
             U = product(A, Q)  # (m, l)
             U = torch.linalg.qr(U)[0] if i == iterations - 1 else U
-            Q = _less(product(A.mT, U), off)  # (n, l)
+            Q = _less(product(A.mT, U), off)  # (n, l); once is enough: what is left of `off` would only be found a little less well
             Q = torch.linalg.qr(Q)[0] if i < iterations - 1 else Q
         # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
         lam, P = torch.linalg.eigh((Q.mT @ Q).double())

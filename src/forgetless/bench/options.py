@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from .. import native
 from ..errors import ConfigError
+from ..products import prefers_onednn
 from .results import Results, commit, device_name, load_average
 
 
@@ -47,6 +49,11 @@ def results_file(options: argparse.Namespace, name: str) -> Path:
 def clock(settings: dict[str, Any]) -> str:
     """CPU time where one thread does all the work, wall time elsewhere."""
     return "cpu" if settings["device"] == "cpu" and settings["threads"] == 1 else "wall"
+
+
+def libraries() -> dict[str, bool]:
+    """What multiplies our fp32 matrices on a CPU: oneDNN rather than torch's own choice; thin ones in C, which is said only where it is so."""
+    return {"onednn": prefers_onednn()} | ({"native": True} if native.library() is not None else {})
 
 
 def fused(device: torch.device) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..products import prefers_onednn
 from ..subspace import split
 from .layers import CONTENDERS, Side, Trained, leak, missing
 from .measure import Phases, Times, interleaved, ratio, summary
-from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .options import add_common, begin, clock, count, fused, libraries, measure_all, results_file, say
 from .results import Results, environment, table, versions
 from .shapes import BLOCKS, falling
 
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         say(f"without {name}: {reason}")
     names = [name for name in CONTENDERS if name in names and name not in absent]
     settings = common | {"contenders": names, "dtype": options.dtype, "init_repeats": options.init_repeats, "fused_adamw": fused(device)}
-    settings |= {"onednn": prefers_onednn()}
+    settings |= libraries()
     limit = free_bytes(device) * 0.6 if options.memory is None else options.memory * 1e9
     results = Results(results_file(options, "osft"), KEY)
     head = {"benchmark": "osft", "environment": environment(device), "missing": absent}

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..optim import coordinates
-from ..products import prefers_onednn
 from ..subspace import Constraint, orthonormalize, project_out, top_subspace
 from .measure import Phases, interleaved, summary
-from .options import add_common, begin, clock, count, measure_all, results_file, say
+from .options import add_common, begin, clock, count, libraries, measure_all, results_file, say
 from .osft import shape
 from .results import Results, environment, table, versions
 from .shapes import falling
@@ -51,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, write it cell by cell, and print the table of all cells asked for."""
-    settings = begin(options) | {"rules": options.rules, "onednn": prefers_onednn()}
+    settings = begin(options) | {"rules": options.rules, **libraries()}
     results = Results(results_file(options, "refresh"), KEY)
     head = {"benchmark": "refresh", "environment": environment(options.device)}
     shapes = dict.fromkeys(pair for pairs in options.shapes for pair in pairs)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..optim import SubspaceAdamW
-from ..products import prefers_onednn
 from ..subspace import Constraint, orthonormalize
 from .measure import interleaved, live_bytes, ratio, summary
-from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .options import add_common, begin, clock, count, fused, libraries, measure_all, results_file, say
 from .results import Results, environment, table, versions
 from .shapes import BLOCKS, falling
 
@@ -117,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     for name, reason in absent.items():
         say(f"without {name}: {reason}")
     names = [name for name in names if name not in absent]
-    settings = common | {"contenders": names, "refreshes": options.refreshes, "fused_adamw": fused(options.device), "onednn": prefers_onednn()}
+    settings = common | {"contenders": names, "refreshes": options.refreshes, "fused_adamw": fused(options.device), **libraries()}
     results = Results(results_file(options, "step"), KEY)
     head = {"benchmark": "step", "environment": environment(options.device), "missing": absent}
     wanted = [

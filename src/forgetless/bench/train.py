@@ -20,10 +20,9 @@ from ..errors import ConfigError
 from ..methods import get
 from ..methods.base import Memory, Method
 from ..models import linear_modules
-from ..products import prefers_onednn
 from ..subspace import Subspace, orthonormalize
 from .measure import Phases, interleaved, live_bytes, ratio, summary
-from .options import add_common, begin, clock, count, fused, measure_all, results_file, say
+from .options import add_common, begin, clock, count, fused, libraries, measure_all, results_file, say
 from .results import Results, environment, table, versions
 from .shapes import MODELS
 
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         "contenders": options.contenders,
         "autocast": options.autocast,
         "fused_adamw": fused(options.device),
-        "onednn": prefers_onednn(),
+        **libraries(),
     }
     results = Results(results_file(options, "train"), KEY)
     head = {"benchmark": "train", "environment": environment(options.device)}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..fake import is_fake
 from ..products import product
-from ..subspace import orthonormalize, project_out_, rotate_moments, tolerance, top_subspace
+from ..subspace import orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
 from .rounding import seeded
 
 SIDES = ("inputs", "outputs", "both")
@@ -219,10 +219,10 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     else:
         # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
         start = torch.randn(n, min(2 * r, n), generator=seeded(*seeds), dtype=torch.float32).to(A.device, A.dtype)
-        found = top_subspace(A, r, "power", start=start, off=off)
+        found = top_subspace(A, r, "power", start=project_out_(start.mT, off).mT, off=off)
     if not found.energy.sum().sqrt() > tolerance(A.dtype) * scale:
         return  # the whole gradient lies in the protected space
-    Q = orthonormalize(found.basis, against=V)
+    Q = renewed(found.basis, V)
     P = orthonormalize(A @ Q, against=U) if group["side"] == "both" else None  # (m, r): A Q = P diag(sigma) for singular directions Q
     if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
         return
