@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Collate, answer_loss, is_seq2seq, known, padded, takes
+from ..products import product
 from ..tasks import CONTENT_FREE, Example, Task
 from . import metric, seq2seq
 
@@ -322,7 +323,8 @@ def _fp32_head(model: nn.Module):
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):
-            return nn.functional.linear(x.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+            logits = product(x.float().reshape(-1, x.shape[-1]), head.weight.float().mT).reshape(*x.shape[:-1], -1)
+            return logits if head.bias is None else logits + head.bias.float()
 
     head.forward = forward
     try:
