@@ -6,6 +6,7 @@ import importlib
 import json
 
 import pytest
+import torch
 from conftest import make_model_folder
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -24,6 +25,13 @@ ROWS = [  # a prompt with an answer; a conversation whose first answer is learne
 
 
 class Killed(BaseException): ...
+
+
+def test_the_token_a_row_begins_with_is_foretold_by_nothing():
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    model = torch.nn.Linear(1, 1)
+    model.config = None
+    assert Collate(model, packing=True)(rows)["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
 
 
 @pytest.mark.parametrize("kind, attention", [("llama", "eager"), ("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "eager"), ("gpt2", "sdpa")])
@@ -52,6 +60,10 @@ def test_a_model_whose_rows_would_see_each_other_is_refused(small_run, tmp_path)
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, expand=2))
     with pytest.raises(ConfigError, match="packing: MambaForCausalLM reads packed rows as one text"):
         check_packing(recurrent)
+    fixed = models.load(make_model_folder(tmp_path / "fixed"))[0]
+    fixed.register_buffer("mask", torch.ones(1, 1, 16, 16, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="packing: LlamaForCausalLM holds a mask of fixed length"):
+        check_packing(fixed)
     config = small_run("seqft", tasks=("colour",), model=make_model_folder(tmp_path / "t5", kind="t5", tied=True), packing=True)
     with pytest.raises(ConfigError, match="packing: an encoder-decoder model"):
         fl.run(config)

@@ -221,6 +221,32 @@ def test_what_c_does_not_take_goes_where_it_went(in_c):
     assert in_c == ["product"]
 
 
+def test_tensors_without_data_and_graphs_that_have_saved_the_weight(in_c):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        A, B = torch.empty(40, 30), torch.empty(30, 4)
+        assert product(A, B).shape == (40, 4) and add_product_(A, torch.empty(40, 4), B.mT) is A
+    assert in_c == []
+    C, x = torch.randn(40, 30), torch.ones(30, requires_grad=True)
+    y = (C @ x).sum()
+    add_product_(C, torch.randn(40, 4), torch.randn(4, 30))
+    assert in_c == ["add_product_"]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_damaged_library_is_made_again(in_c, monkeypatch, tmp_path):
+    product(torch.randn(40, 30), torch.randn(30, 4))
+    (built,) = Path(os.environ["FORGETLESS_CACHE"]).iterdir()
+    damaged = tmp_path / "another" / built.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no library")
+    monkeypatch.setenv("FORGETLESS_CACHE", str(damaged.parent))
+    native.library.cache_clear()
+    assert native.library() is not None and damaged.read_bytes() == built.read_bytes()
+
+
 @pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
 def test_low_rank_steps_in_c_are_the_same_steps_and_leak_nothing(in_c, side, monkeypatch):
     V, steps = torch.linalg.qr(torch.randn(48, 5, generator=torch.Generator().manual_seed(0)))[0].contiguous(), []

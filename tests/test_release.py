@@ -85,7 +85,7 @@ def test_no_two_whole_gradients_live_at_once_but_those_that_choose_directions(mi
         optimizer.zero_grad()
     first = [0] * 4 if micro == 1 else [1, 2, 3, 4] + [4] * 4
     assert alive == first + [0] * 4 * micro
-    assert len(seen) == 4 * 2 if micro == 1 else 4 * 2  # of two passes a step only the second step's are let go
+    assert len(seen) == 4 * 2  # of two passes a step only the second step's are let go
     del optimizer
     model(torch.randn(5, N, dtype=torch.float64)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())  # the hooks ended with it
@@ -136,20 +136,55 @@ def test_a_run_releases_where_the_steps_stay_the_same_and_refuses_where_it_canno
     with pytest.raises(ConfigError, match="release_gradients works in one process"), monkeypatch.context() as patch:
         patch.setattr("forgetless.distributed.world_size", lambda: 2)
         get("gorp", rank=4, release_gradients=True).check(model)
+    with pytest.raises(ConfigError, match="release_gradients works in one process"), monkeypatch.context() as patch:
+        patch.setattr("forgetless.distributed.world_size", lambda: 2)  # a run that has begun in one process
+        method = get("gorp", rank=4, release_gradients=True)
+        method.optimizer(method.param_groups(model), lr=1e-3)
     with pytest.raises(ValueError, match="release=True needs directions or a rank"):
         SubspaceAdamW([{"params": [nn.Parameter(torch.zeros(4, 4))], "release": True}])
 
 
 def test_estimates_count_what_is_let_go(small_run):
-    def gradients(**method):
+    def gradients(micro=1, **method):
         config = small_run({"name": "gorp", "rank": 4, **method}, tasks=("colour",))
-        config["train"] |= {"gradient_accumulation_steps": method.pop("micro", 1)}
+        config["train"] |= {"gradient_accumulation_steps": micro}
         return estimate(load_config(config), tokens=12)["peak"]["gradients"]
 
     kept, released = gradients(release_gradients=False), gradients()
     layers = get("gorp").full_layers(fl.models.load(small_run()["model"])[0]).values()
     assert kept == sum(layer.weight.nbytes for layer in layers)
+    assert gradients(2, release_gradients=True) == gradients(2, release_gradients=True, stagger=True) == gradients(2) == kept
     assert released == sum(4 * 4 * layer.weight.shape[0] for layer in layers) + max(layer.weight.nbytes for layer in layers)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_gradient_that_is_zero_or_no_number_is_not_counted_as_captured(release):
+    V, W = nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(8, 6))
+    optimizer = SubspaceAdamW([{"params": [p], "rank": 2, "refresh_gap": 1, "release": release} for p in (V, W)], lr=1e-3)
+    optimizer.track_captured = True
+    G = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    for step in range(22):  # the best there is is looked for in choices 0, 10, of W, and 20
+        factor = {1: 0.0, 10: float("nan"), 21: float("inf")}.get(step, 1.0)
+        ((V * G).sum() + (W * G * factor).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert 0 < optimizer.captured <= 1 + 1e-6, step
+
+
+def test_a_reload_decides_when_directions_are_chosen():
+    def make(gap):
+        return SubspaceAdamW([{"params": [W], "rank": 2, "refresh_gap": gap, "release": True}], lr=1e-3)
+
+    W = nn.Parameter(torch.zeros(8, 6))
+    state = make(100).state_dict()
+    optimizer, bases = make(1), []
+    optimizer.load_state_dict(state)
+    for t in range(3):
+        (W * torch.randn(8, 6, generator=torch.Generator().manual_seed(t))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bases.append(optimizer.state[W]["basis"].clone())
+    assert torch.equal(bases[0], bases[2])
 
 
 def test_clipping_counts_gradients_of_which_only_the_norm_is_left():

@@ -45,6 +45,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
 
     method = get(config.method.name, **config.method.options)
     args = training_arguments(config.train, config.seed, config.output_dir)
+    method.micro_batches = args.gradient_accumulation_steps
     stream = load_stream(config)
     model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
     method.check(model)

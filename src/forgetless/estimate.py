@@ -265,8 +265,8 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of all gradients at once: those that are let go within backward are as large as what is read of them, the largest of them beside."""
     total, largest = 0, 0
     for group in optimizer.param_groups:
-        # of several micro-batches whole gradients wait for a step that chooses directions, all of them where the layers do not take turns
-        kept = group.get("rank") is not None and getattr(optimizer, "micro_batches", 1) > 1 and not group["stagger"]
+        # of several micro-batches whole gradients wait for a step that chooses directions, in a task's first step all of them
+        kept = group.get("rank") is not None and getattr(optimizer, "micro_batches", 1) > 1
         for p in group["params"]:
             released = group.get("release") and not kept
             total += 4 * coordinates.numbers(group, p.shape) if released else p.nbytes

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .fake import is_fake
 
 COLUMNS = 8  # beyond them the libraries' products are as quick
 SMALL = 1 << 16  # numbers in the wide matrix below which the call itself is what takes the time
@@ -49,9 +50,11 @@ def library() -> ctypes.CDLL | None:
         about = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         mark = hashlib.sha256(b"\0".join([source, about, " ".join(FLAGS).encode(), _processor().encode()])).hexdigest()[:16]
         built = cache_dir() / f"thin-{mark}.so"
-        if not built.is_file():
+        try:
+            thin = ctypes.CDLL(str(built))
+        except OSError:  # not there yet, or damaged
             _compile(compiler, source, built)
-        thin = ctypes.CDLL(str(built))
+            thin = ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError) as error:
         said = " ".join((getattr(error, "stderr", b"") or b"").decode(errors="replace").split())[:300] or str(error)
         raise ConfigError(
@@ -90,6 +93,7 @@ def suits(wide: Tensor, columns: int) -> bool:
         and wide.dtype == torch.float32
         and wide.is_contiguous()
         and not (torch.is_grad_enabled() and wide.requires_grad)
+        and not is_fake(wide)
         and library() is not None
     )
 
@@ -107,6 +111,7 @@ def add_product_(C: Tensor, L: Tensor, B: Tensor, alpha: float) -> Tensor:
     (m, n), r = C.shape, L.shape[1]
     L, B = L.contiguous(), B.contiguous()
     _check(library().thin_add(m, n, r, alpha, L.data_ptr(), B.data_ptr(), C.data_ptr(), torch.get_num_threads()))
+    torch.autograd.graph.increment_version(C)  # what a graph has saved of C is no longer that
     return C
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .fake import is_fake
 
 SMALL = 1 << 18  # multiplications below which the call itself is what takes the time
 BLOCK = 1 << 18  # elements of a product that are added before they leave the cache
@@ -44,8 +45,8 @@ def _suits(A: Tensor, B: Tensor) -> bool:
 
 
 def _plain_alike(A: Tensor, *others: Tensor) -> bool:
-    """Are the others of A's dtype and device, and of nobody's graph?"""
-    return all(B.dtype == A.dtype and B.device == A.device and not (torch.is_grad_enabled() and B.requires_grad) for B in others)
+    """Are the others of A's dtype and device, of nobody's graph, and with data?"""
+    return all(B.dtype == A.dtype and B.device == A.device and not (torch.is_grad_enabled() and B.requires_grad) and not is_fake(B) for B in others)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

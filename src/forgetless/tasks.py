@@ -130,7 +130,7 @@ class Task:
         cut = max(0, conversation.said[-1][0] - self.max_prompt_tokens)
         labels = [-100] * len(conversation.ids)
         for start, stop in conversation.said:
-            if start >= cut:  # an earlier turn that lost its beginning is context, not an answer
+            if start > cut:  # an earlier turn that lost its beginning, or all that stood before it, is context, not an answer
                 labels[start:stop] = conversation.ids[start:stop]
         return {"input_ids": conversation.ids[cut:], "labels": labels[cut:]}
 

@@ -17,7 +17,7 @@ import torch
 
 from ..record import resident_bytes
 from .measure import live_bytes
-from .options import add_common, begin, measure_all, results_file, say
+from .options import add_common, begin, libraries, measure_all, results_file, say
 from .results import Results, environment, table, versions
 from .train import CONTENDERS as METHODS
 from .train import KEY, PACKAGES, adamw, add_model_options, make_batch, make_model, ours, phases, wanted
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, write it cell by cell, and print the table of all cells asked for."""
     names = ["adamw", *options.contenders]
-    settings = begin(options) | {"contenders": names, "autocast": options.autocast}
+    settings = begin(options) | {"contenders": names, "autocast": options.autocast, **libraries()}
     results = Results(results_file(options, "memory"), KEY)
     cells = measure_all(
         results, wanted(options), settings, versions(*PACKAGES), {"benchmark": "memory", "environment": environment(options.device)}, options.again,
@@ -66,6 +66,7 @@ def apart(key: dict[str, Any], name: str, settings: dict[str, Any], device: str)
 def peaks(key: dict[str, Any], name: str, settings: dict[str, Any], device: str) -> dict[str, int]:
     """Bytes: the process' peak while it trains; the weights; what lives at the end of a backward pass, activations gone, as in `bench train`."""
     torch.set_num_threads(settings["threads"])
+    ours(make_model(key | {"shapes": "tiny", "layers": 1}, torch.device("cpu")), {"name": "lora"}, 1)  # imports what any contender imports
     before, batch, model = resident("VmRSS"), make_batch(key, torch.device(device)), make_model(key, torch.device(device))
     weights = live_bytes(model)
     if name == "adamw":
@@ -78,7 +79,7 @@ def peaks(key: dict[str, Any], name: str, settings: dict[str, Any], device: str)
             steps[phase]()
         held = live_bytes(model, optimizer, method)
         steps["step"]()
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident("VmHWM") - before
     return {"peak": peak, "weights": weights, "after_backward": held}
 
 

@@ -138,7 +138,9 @@ def ours(model: nn.Module, spec: dict[str, Any], space: int) -> tuple[nn.Module,
     only(model, [p for group in groups for p in group["params"]])
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = MAX_NORM
-    return model, method.optimizer(groups, **ADAMW, max_grad_norm=MAX_NORM), method
+    optimizer = method.optimizer(groups, **ADAMW, max_grad_norm=MAX_NORM)
+    optimizer.track_captured = True  # as in training
+    return model, optimizer, method
 
 
 def only(model: nn.Module, weights: list[Tensor]) -> None:

@@ -121,7 +121,8 @@ class Method:
         return None
 
     def on_step(self, model: nn.Module) -> None:
-        """Called before each optimizer step, when p.grad holds the whole raw gradient (None where the optimizer's group releases it)."""
+        """Called before each optimizer step, when p.grad holds the whole raw gradient (None where the optimizer's group releases it): after every set of backward passes
+        whose gradients are not thrown away."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What changes inside a task (sketches, generators): saved with a checkpoint, given back on resume."""

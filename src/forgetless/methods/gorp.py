@@ -123,8 +123,7 @@ class GORP(Method):
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
-        if self.options.release_gradients and distributed.world_size() > 1:
-            raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
+        self.check_processes()
         self.full_layers(model)
         if self.options.use_lora:
             lora_layers(model, self.options.lora_modules)
@@ -201,6 +200,10 @@ class GORP(Method):
                 groups.append({"params": [factor], "names": [f"{name}.lora_{'AB'[k]}"], "constraint": constraint if k == carries else None})
         return groups
 
+    def check_processes(self) -> None:
+        if self.options.release_gradients and distributed.world_size() > 1:
+            raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
+
     @property
     def releases(self) -> bool:
         o = self.options
@@ -208,6 +211,7 @@ class GORP(Method):
         return exact if o.release_gradients is None else o.release_gradients
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        self.check_processes()  # here too: a run may go on in more processes than it began in
         if self.releases:
             groups = [group | {"release": True, "observe": self.observer(group)} if group.get("rank") else group for group in groups]
         optimizer = super().optimizer(groups, **settings)
@@ -336,11 +340,11 @@ class GORP(Method):
             return 0
         inputs = self.space_side == "inputs"
         shapes = [logical(m.weight, m).shape if inputs else logical(m.weight, m).shape[::-1] for m in self.full_layers(model).values()]
+        waiting = sum(4 * 16 * n for _, n in shapes) if self.releases else 0  # probes of the step, until its end
         if o.use_lora:
             layers = [logical(m.weight, m) for m in lora_layers(model, o.lora_modules).values()]
             shapes += [(o.lora_rank, W.shape[1] if inputs else W.shape[0]) for W in layers]
-        probes = 32 if self.releases else 16  # those of the step wait for its end
-        return sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + probes) for m, n in shapes)
+        return waiting + sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16) for m, n in shapes)
 
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         if self.space_side != "inputs" or not self.options.use_shared_space:

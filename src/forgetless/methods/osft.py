@@ -179,7 +179,10 @@ class OSFT(Method):
             raise ConfigError(
                 "method osft: frozen_ratio: adaptive finds no blocks in this model (modules in an nn.ModuleList); give a number or a map"
             )
-        if o.release_gradients and distributed.world_size() > 1:
+        self.check_processes()
+
+    def check_processes(self) -> None:
+        if self.options.release_gradients and distributed.world_size() > 1:
             raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
@@ -365,6 +368,7 @@ class OSFT(Method):
         from ..optim import SubspaceAdamW
         from ..optim.released import release
 
+        self.check_processes()  # here too: a run may go on in more processes than it began in
         released = [self.releases and group.get("directions") is not None for group in groups]
         optimizer = SubspaceAdamW([group | {"release": r} for group, r in zip(groups, released, strict=True)], **settings)
         for group, r in zip(groups, released, strict=True):

@@ -75,7 +75,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     `track_leak = True` makes each step measure the largest ||forbidden part|| / ||update|| over its tensors into `update_leak` (a small extra product a tensor).
     `track_captured = True` makes each step that chooses directions note the share of a gradient's energy they hold, ||R||^2 / ||G||^2, its mean over the tensors, in
-    `captured`, and every tenth choice how much that is of the most r directions could hold, on one tensor, in `captured_of_best`. Both None in other steps.
+    `captured`, and every tenth choice how much that is of the most r directions could hold (as a longer search finds it), on one tensor, in `captured_of_best`. Both
+    None in other steps.
 
     Raises ValueError for a basis that does not fit its weight, an unknown option value, a rank below 1, a rank or `transposed` on a tensor that is no matrix.
 
@@ -156,7 +157,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if group["release"]:
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for i, p in enumerate(group["params"]):
-                self._release_gradients(group, p, first + i)
+                self._release_gradients(p, first + i)
 
     @staticmethod
     def _keeps_start(group: dict[str, Any]) -> bool:
@@ -221,18 +222,19 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def _sum_up_captures(self) -> None:
         shares, sampled = [share for share, _ in self._captures], [share / best for share, best in self._captures if best is not None and best > 0]
-        self.captured = float(torch.stack([s.cpu() for s in shares]).mean()) if shares else None
+        self.captured = float(torch.stack([s.to(shares[0].device) for s in shares]).mean()) if shares else None
         self.captured_of_best = float(sampled[0]) if sampled else None
         self._captures.clear()
 
-    def _release_gradients(self, group: dict[str, Any], p: Tensor, index: int) -> None:
+    def _release_gradients(self, p: Tensor, index: int) -> None:
         """From now on p's gradient becomes R as soon as backward is done with it. Ends with the optimizer."""
-        held = weakref.ref(self)
+        held, number = weakref.ref(self), len(self.param_groups) - 1
 
         def take(p: Tensor) -> None:
             optimizer = held()
             if optimizer is None or p.grad is None:  # none where the layer has handed R in already
                 return
+            group = optimizer.param_groups[number]  # as it is now: a reload brings new ones
             begun = p in optimizer._released
             if group["rank"] is not None and optimizer.micro_batches > 1 and not begun and coordinates.due(group, optimizer.state[p], index):
                 return  # kept: directions are chosen for the whole step's gradient
