@@ -125,6 +125,8 @@ class Comparison:
             runs |= json.loads(self.baselines.file(f"order{order}").read_text())["runs"]
         lines = []
         for tag in PROMPTS:
+            if not any(key.startswith(f"order{order}-{tag}-") for key in runs):
+                continue
             lines += [
                 f"Order {order}, {'options in the prompt' if tag == 'options' else 'without options'}:",
                 "",
