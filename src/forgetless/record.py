@@ -79,9 +79,8 @@ def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict
 def protection(steps: list[dict], leak: dict | None, space: dict | None, coverage: dict, state_bytes: int) -> dict[str, Any]:
     """The leaks, the space, the coverage of one task and the mean share of gradient energy in its low-rank coordinates, in the names the report reads."""
     update_leaks = [s["update_leak"] for s in steps if s["update_leak"] is not None]
-    captured = {
-        key: [s[key] for s in steps if key in s] for key in ("captured", "captured_of_best")
-    }  # where a low-rank state's directions were chosen
+    # where a low-rank state's directions were chosen
+    captured = {key: [s[key] for s in steps if key in s] for key in ("captured", "captured_of_best")}
     return {key: sum(shares) / len(shares) for key, shares in captured.items() if shares} | {
         "steps": len(steps), "update_leak": max(update_leaks, default=None), "weight_leak": leak and leak["leak"], "weight_leak_bound": leak and leak["bound"],
         "space": space, "coverage": coverage, "state_bytes": state_bytes,
