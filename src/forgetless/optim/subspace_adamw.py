@@ -244,17 +244,19 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 R = optimizer._reduce(group, p, index, refresh=not begun)
             p.grad = None
             if R is not None:
-                optimizer.receive(group, p, R)
+                optimizer._add_up(p, R)
 
         weakref.finalize(self, p.register_post_accumulate_grad_hook(take).remove)
 
     @torch.no_grad()
     def receive(self, group: dict[str, Any], p: Tensor, R: Tensor) -> None:
-        """Add R, the gradient of p in the coordinates of its group's directions or basis, to what the next step will use. (optim/released.py hands it in.)"""
+        """Add R, the gradient of p in the coordinates of its group's directions, to what the next step will use. (optim/released.py hands it in.)"""
         if R.numel():
-            R = R.to(working_dtype(p.dtype)).contiguous()
-            R = R if group["directions"] is None else coordinates.restrict_whole_side_(group, R)
-            self._released[p] = R if p not in self._released else self._released[p].add_(R)
+            self._add_up(p, coordinates.restrict_whole_side_(group, R.to(working_dtype(p.dtype)).contiguous()))
+
+    @torch.no_grad()
+    def _add_up(self, p: Tensor, R: Tensor) -> None:
+        self._released[p] = R if p not in self._released else self._released[p].add_(R)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
