@@ -183,25 +183,22 @@ class GORP(Method):
         ratio = o.full_lr_ratio or (1.0 if o.rank is None else 10.0)
         common = dict(rank=o.rank, refresh_gap=o.refresh_gap, stagger=o.stagger, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
         groups = []
-        self.order, self.seen = self.keys(model), {}
-        for name, layer in self.full_layers(model).items():
+        branches = {"full": self.full_layers(model), "lora": adapters(model)}
+        self.order = {key: i for i, key in enumerate(f"{branch}/{name}" for branch, layers in branches.items() for name in layers)}
+        self.seen = {}
+        for name, layer in branches["full"].items():
             constraint = self.constraint(name)
             if o.rank is None and constraint is None:  # an empty space, so that weight decay pulls toward the task's start here too
                 m, n = logical(layer.weight, layer).shape
                 constraint = Constraint(**{self.space_side: Subspace.empty(n if self.space_side == "inputs" else m)})
             group = {"params": [layer.weight], "names": [f"{name}.weight"], "constraint": constraint, "transposed": stored_transposed(layer)}
             groups.append(group | common)
-        for name, layer in adapters(model).items():
+        for name, layer in branches["lora"].items():
             # A (rank, in) reads the inputs and B (out, rank) writes the outputs: whichever side the space is on, one factor carries it
             constraint, carries = self.constraint(name), "AB".index("A" if self.space_side == "inputs" else "B")
             for k, factor in enumerate(factors(layer)):
                 groups.append({"params": [factor], "names": [f"{name}.lora_{'AB'[k]}"], "constraint": constraint if k == carries else None})
         return groups
-
-    def keys(self, model: nn.Module) -> dict[str, int]:
-        """The keys of all gradients that a space may grow from, numbered."""
-        branches = {"full": self.full_layers(model), "lora": adapters(model)}
-        return {key: i for i, key in enumerate(f"{branch}/{name}" for branch, layers in branches.items() for name in layers)}
 
     def check_processes(self) -> None:
         if self.options.release_gradients and distributed.world_size() > 1:
@@ -261,8 +258,8 @@ class GORP(Method):
         o = self.options
         if not o.use_shared_space:
             return
-        self.order = self.order or self.keys(model)
         gradients = self.gradients(model)
+        self.order = self.order or {key: i for i, key in enumerate(gradients)}
         released = {key: self.seen[key] for key in self.order if key in self.seen}
         factor = clip_factor(list(gradients.values()), self.max_grad_norm, [norm for _, norm in released.values()])
         for key, (Y, norm) in released.items():
