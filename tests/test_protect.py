@@ -38,10 +38,14 @@ def inputs_of(model, layer, ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_space_holds_the_share_and_no_direction_more(kind, tmp_path):
+@pytest.mark.parametrize("rows", [None, 40], ids=["few tokens", "more tokens than directions"])
+def test_the_space_holds_the_share_and_no_direction_more(kind, rows, tmp_path):
     model, tokenizer = models.load(make_model_folder(tmp_path / "m", kind=kind))
     layers = models.linear_modules(model)
     ids = [encode(tokenizer, p) for p in PROMPTS]
+    assert sum(map(len, ids)) < 32  # the inputs of most layers
+    if rows:
+        ids = torch.randint(2, 30, (rows, 9), generator=torch.Generator().manual_seed(0)).tolist()
     spaces = input_spaces(model, layers, ids, 0.8)
     assert spaces.keys() == layers.keys()
     for name, layer in layers.items():

@@ -364,6 +364,21 @@ def test_extend_reaches_its_energy_and_keeps_what_it_had(m, n, k, rank, seed, en
     assert again.rank == new.rank  # what is held needs nothing more
 
 
+def test_extend_by_a_gram_matrix_is_extend_by_its_rows():
+    torch.manual_seed(0)
+    A = torch.randn(300, 40) * torch.linspace(1, 0.05, 40)
+    space = Subspace(torch.linalg.qr(torch.randn(40, 5))[0], torch.linspace(0.5, 0.1, 5))
+    for bound in (None, 12):
+        by_rows, by_gram = (extend(space, M, 0.9, max_rank=bound, gram=gram)[0] for M, gram in ((A, False), (A.T @ A, True)))
+        assert by_rows.rank == by_gram.rank < 40 and by_gram.basis.dtype == torch.float32
+        torch.testing.assert_close(by_gram.basis @ by_gram.basis.T, by_rows.basis @ by_rows.basis.T, atol=2e-4, rtol=0)
+        torch.testing.assert_close(by_gram.energy, by_rows.energy, atol=1e-5, rtol=1e-4)
+    few = torch.zeros(60, 40)
+    few[:, :3] = torch.randn(60, 3)
+    assert extend(Subspace.empty(40), few.T @ few, 1.0, gram=True)[0].rank == 3  # rounding gives the rest no direction
+    assert extend(space, torch.zeros(40, 40), 0.9, gram=True) == (space, 0)
+
+
 def test_extend_counts_energy_it_cannot_see_against_the_total():
     A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     assert extend(Subspace.empty(3), A, 0.6)[0].rank == 1

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .batches import Readable, read
 from .chat import parse
 from .errors import DataError, nearest
+from .products import add_product_, product
 from .rows import raw_rows, text_of
-from .sketch import Sketch
 from .subspace import Subspace, extend, working_dtype
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,27 @@ def encode(tokenizer, prompt: Any) -> list[int]:
     return list(ids)[-MAX_TOKENS:]
 
 
+class Sum:
+    """X^T X summed over many X (tokens, n): the rows themselves, until they are more than n; from then on the matrix (n, n), which is as large."""
+
+    def __init__(self, like: Tensor):
+        self.rows, self.gram = like.new_zeros(0, like.shape[1]), None
+
+    def add(self, X: Tensor) -> None:
+        if self.gram is not None:
+            add_product_(self.gram, X.mT.contiguous(), X)
+            return
+        self.rows = torch.cat([self.rows, X])
+        if self.rows.shape[0] > self.rows.shape[1]:
+            self.gram = product(self.rows.mT.contiguous(), self.rows)
+            self.rows = self.rows[:0].clone()
+
+    @property
+    def of(self) -> tuple[Tensor, bool]:
+        """What was summed, and whether it is the matrix."""
+        return (self.rows, False) if self.gram is None else (self.gram, True)
+
+
 @torch.inference_mode()
 def input_spaces(
     model: nn.Module,
@@ -62,7 +83,6 @@ def input_spaces(
     prompts: list[Readable],
     energy: float,
     *,
-    size: int = 256,
     max_rank: int | None = None,
     max_share: float | None = None,
     known: dict[str, Subspace] | None = None,
@@ -73,7 +93,7 @@ def input_spaces(
     known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
     weakest are given up, of the known ones too.
     """
-    sketches: dict[str, Sketch] = {}
+    seen: dict[str, Sum] = {}
     same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
     last: list[Any] = [None, ""]
 
@@ -84,11 +104,8 @@ def input_spaces(
                 return
             last[:] = args[0], name
             X = args[0].detach().reshape(-1, args[0].shape[-1])
-            if name not in sketches:
-                n = X.shape[1]  # inputs spread over more directions than gradients: half of them must fit
-                sketches[name] = Sketch(n, min(n, max(size, n // 2)), probes=64, seed=len(sketches))
             X = X.to(working_dtype(X.dtype))
-            sketches[name].update(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny))
+            seen.setdefault(name, Sum(X)).add(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny))
 
         return see
 
@@ -99,11 +116,11 @@ def input_spaces(
         for handle in handles:
             handle.remove()
     spaces, evicted = {}, 0
-    for name, sketch in sketches.items():
-        sketch.compress()
-        space = (known or {}).get(name) or Subspace.empty(sketch.n)
-        bound = max_rank if max_share is None else int(max_share * sketch.n)
-        space, lost = extend(space.to(sketch.rows), sketch.rows, energy, max_rank=bound, total=float(sketch.total))
+    for name in list(seen):
+        A, gram = seen.pop(name).of  # let go one after another
+        space = (known or {}).get(name) or Subspace.empty(A.shape[1])
+        bound = max_rank if max_share is None else int(max_share * A.shape[1])
+        space, lost = extend(space.to(A), A, energy, max_rank=bound, gram=gram)
         spaces[name], evicted = space.to("cpu"), evicted + lost
     if evicted:
         log.warning("input spaces are bounded (max_rank or max_share): %d directions of least energy were given up and are not protected", evicted)

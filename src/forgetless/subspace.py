@@ -129,12 +129,13 @@ def top_subspace(
     """The k leading right singular directions of A (m, n), or of A (I - V V^T) for V = `off`, strongest first, with energy = squared singular values.
 
     method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
-    `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only).
+    `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only),
+    `symmetric` (A is the Gram matrix (n, n) of the rows that are meant, already off `off`).
     Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
     """
     m, n = A.shape
     k = min(m, n) if k is None else min(k, m, n)
-    if method != "power":
+    if method in ("svd", "gram"):
         A = project_out(A, off)
     if method == "power":
         if start is None:
@@ -152,6 +153,9 @@ def top_subspace(
     elif method == "svd":
         _, s, Vh = torch.linalg.svd(A, full_matrices=False)
         V, energy = Vh.mT, s**2
+    elif method == "symmetric":
+        lam, V = torch.linalg.eigh(A)  # in fp64 what the matrix itself was rounded to would be no better known
+        V, energy = V.flip(1), lam.flip(0)
     elif method == "gram":
         D = A.double()
         if n <= m:
@@ -162,13 +166,15 @@ def top_subspace(
             lam, U = lam.flip(0), U.flip(1)
             V, energy = (D.mT @ U) / lam.clamp_min(torch.finfo(D.dtype).tiny).sqrt(), lam
     else:
-        raise ValueError(f"top_subspace: unknown method '{method}' (svd, gram, power)")
+        raise ValueError(f"top_subspace: unknown method '{method}' (svd, gram, power, symmetric)")
     V, energy = V[:, :k], energy[:k].clamp_min(0)
     floor = tolerance(A.dtype) ** 2
     if method != "svd":
         floor = max(
             floor, 4 * max(m, n) * torch.finfo(torch.float64).eps
         )  # a Gram matrix squares the condition number: its small eigenvalues are noise
+    if method == "symmetric":
+        floor = max(floor, 4 * torch.finfo(A.dtype).eps)  # as it was computed in
     V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
     energy = energy[: V.shape[1]]
     if method != "svd" and V.shape[1]:
@@ -194,22 +200,25 @@ def energy_rank(energies: Tensor, threshold: float, held: float = 0.0, total: fl
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else int((energies > 0).sum())
 
 
-def extend(space: Subspace, A: Tensor, energy: float, max_rank: int | None = None, total: float | None = None) -> tuple[Subspace, int]:
+def extend(
+    space: Subspace, A: Tensor, energy: float, max_rank: int | None = None, total: float | None = None, gram: bool = False
+) -> tuple[Subspace, int]:
     """Grow `space` until it holds the share `energy` of the rows of A (m, n); returns the new space and how many directions max_rank evicted.
 
     M' = A - A S S^T, its leading right singular directions are appended (GORP eq. 7-8), orthonormalised twice. Energies are shares of this
     call's total (||A||^2, or `total` where A is a sketch that misses some), added to what each direction already had: max_rank keeps the strongest.
+    gram: `A` is not the rows, but their A^T A (n, n).
     """
     V = space.basis
-    total = float((A.double() ** 2).sum()) if total is None else float(total)
+    if total is None:
+        total = float(A.diagonal().double().sum() if gram else (A.double() ** 2).sum())
     if total <= 0:
         return space, 0
-    inside = ((A @ V).double() ** 2).sum(0)  # (k,)
-    rest = (
-        top_subspace(project_out(A, V), min(A.shape[0], A.shape[1] - space.rank))
-        if space.rank < A.shape[1]
-        else Subspace.empty(A.shape[1], A.dtype, A.device)
-    )
+    inside = (V * (A @ V)).double().sum(0).clamp_min(0) if gram else ((A @ V).double() ** 2).sum(0)  # (k,)
+    rest = Subspace.empty(A.shape[1], A.dtype, A.device)
+    if space.rank < A.shape[1]:
+        M = project_out(project_out(A, V).mT, V) if gram else project_out(A, V)
+        rest = top_subspace(M, min(A.shape[0], A.shape[1] - space.rank), "symmetric" if gram else "gram")
     k = energy_rank(rest.energy, energy, held=float(inside.sum()), total=total)
     new = orthonormalize(rest.basis[:, :k], against=V, scale=1.0)
     k = new.shape[1]
