@@ -210,6 +210,8 @@ class RunConfig(_Model):
     """For bfloat16 weights: an fp32 copy in the optimizer, rounding at random with the right mean, what rounding lost carried on, or nothing."""
     packing: bool = False
     """The rows of a batch in one sequence without padding, kept apart by their positions. Decoder-only models whose attention can."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Frozen linear layers in 4 bits (NF4) or 8 while a task trains, whole between tasks: for methods that train beside frozen weights. Needs bitsandbytes."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints inside a task; absent: task boundaries only."""
     keep: str = "all"

@@ -31,6 +31,7 @@ from .methods import get
 from .methods.base import Memory, Method
 from .optim import SubspaceAdamW, coordinates
 from .optim.released import keep
+from .quantised import stand_ins
 from .record import resident_bytes
 from .subspace import Subspace
 from .tasks import load_stream
@@ -62,8 +63,10 @@ class Rows:
 class Step:
     """A traced training step: bytes, and numbers in the model and in what learns."""
 
-    weights: int
+    weights: int  # while a task trains
+    whole: int  # between tasks, where some are quantised meanwhile; else 0
     gradients: int
+    aside: int  # bytes of whole weights in files while a task trains
     activations: int  # what autograd keeps for the backward pass, the parameters apart
     optimizer_state: int  # moments, masters, bases
     method_bases: int
@@ -112,6 +115,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
         "scoring": scoring,
         "process": CONTEXT if on_gpu else resident_bytes(),
     }  # libraries are loaded here and no model: a training process holds as much
+    # where they are quantised while a task trains, the weights are whole while it is prepared and scored
+    between = (step.whole + max(step.method_bases, scoring)) * bool(step.whole) + peak["process"]
     speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
     counts = {r.name: steps_of(r, args) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -120,8 +125,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     work = {r.name: 2 * r.mean * size * (2 * multiplied + min(step.trained, multiplied)) for r in rows}
     seconds = {name: None if n is None else n * work[name] / (speed * EFFICIENCY) for name, n in counts.items()}
     kept = len(config.tasks) if config.keep == "all" else min(len(config.tasks), int(config.keep.split()[1]))
-    disk = {"models": kept * step.weights, "spaces": kept * spaces}
-    disk["checkpoint"] = step.weights + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
+    disk = {"models": kept * (step.whole or step.weights), "spaces": kept * spaces, "whole_weights": step.aside}
+    disk["checkpoint"] = (step.whole or step.weights) - step.aside + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
     assumed = {
         "closed": closed,
         "batch": args.per_device_train_batch_size,
@@ -132,7 +137,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     found = {
         "model": config.model, "method": method.name, "parameters": step.parameters, "trained_parameters": step.trained,
         "device": gpu or ("cuda" if on_gpu else "cpu"), "assumed": assumed | {"operations_a_second": speed * EFFICIENCY},
-        "peak": peak, "peak_bytes": sum(peak.values()),
+        "peak": peak, "peak_bytes": max(sum(peak.values()), between), "between_tasks_bytes": between,
         "steps": counts, "seconds": seconds, "models_kept": kept, "disk": disk, "disk_bytes": sum(disk.values()),
     }  # fmt: skip
     if gpu:
@@ -224,8 +229,7 @@ def plan_blocks(
         if device == "cpu" and eager_pays(rows.tokens, args.per_device_train_batch_size, config.packing):
             model.set_attn_implementation("eager")  # as the Trainer does
         parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
-        weights = sum(p.nbytes for p in model.parameters())
-        method = copy.deepcopy(method)
+        base, method = list(model.parameters()), copy.deepcopy(method)
         method.check(model)
         memory, spaces = Memory(), method.spaced(model)
         guards = method.constrained if spaces is None else bool(spaces)
@@ -240,11 +244,14 @@ def plan_blocks(
         method.micro_batches = args.gradient_accumulation_steps
         optimizer = method.optimizer(groups, **settings)
         stack.callback(keep, model)
+        weights, codes, aside = sum(p.nbytes for p in base), 0, 0
+        for layer, stand_in in stand_ins(model, config.quantize) if config.quantize else ():
+            codes, aside = codes + stand_in.codes.nbytes, aside + layer.weight.nbytes
         ours = isinstance(optimizer, SubspaceAdamW)
         held, trained = method.held_bytes(), sum(p.numel() for p in learning)
         guarded = [p for group in groups if coordinates.protects(group) or guards and not held for p in group["params"]]
         step = Step(
-            weights, gradient_bytes(optimizer), saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
+            weights - aside + codes, weights if aside else 0, gradient_bytes(optimizer), aside, saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
             optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
             embeddings.numel(), embeddings.shape[0],
         )  # fmt: skip
@@ -332,6 +339,8 @@ def show(found: dict[str, Any]) -> None:
         if value:
             print(f"  {name.replace('_', ' '):<28}{value / gb:8.2f} GB")
     fits = "" if "fits" not in found else f", {'fits' if found['fits'] else 'does not fit'} a {found['device']} of {found['gpu_bytes'] / gb:.0f} GB"
+    if found["peak_bytes"] > sum(found["peak"].values()):
+        print(f"  between tasks, all weights whole: {found['between_tasks_bytes'] / gb:.2f} GB, the most there is")
     print(f"peak     {found['peak_bytes'] / gb:.2f} GB{fits}")
     for name, seconds in found["seconds"].items():
         said = (

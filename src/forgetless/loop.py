@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from . import distributed, models
+from . import distributed, models, quantised
 from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
@@ -103,7 +103,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         rows = method.train_data(task, memory)
-        trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, config.precision, config.packing)
+        options = (config.precision, config.packing, config.quantize)
+        trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, *options)
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.state_bytes() + method.held_bytes()
         trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
@@ -183,6 +184,8 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         task.check(tokenizer, models.positions(model))
     if config.packing:
         check_packing(model)
+    if config.quantize:
+        quantised.available()
     if not done:
         method.check(model)  # no module matched: likewise
     if distributed.is_main():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .models import logical
+from .models import logical, replace
 from .products import product
 from .subspace import working_dtype
 
@@ -92,11 +92,7 @@ class _Branch(torch.autograd.Function):
 
 def attach(model: nn.Module, name: str, layer: SubspaceLinear | nn.Module) -> None:
     """Put `layer` in the place of the module called `name`, under each name that it has."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for leaf, child in list(parent._modules.items()):  # named_children gives each module once
-            if child is old and parent is not layer:
-                setattr(parent, leaf, layer)
+    replace(model, model.get_submodule(name), layer)
 
 
 def attached(model: nn.Module) -> dict[str, SubspaceLinear]:

@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .errors import ConfigError, Diverged, nearest
 from .methods.base import Method
 from .optim import SubspaceAdamW, coordinates
 from .progress import Progress
+from .quantised import quantised
 from .tasks import Task
 
 # gentle defaults for one task of a stream; anything in `train:` overrides them
@@ -114,7 +116,7 @@ class TrainResult:
 
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
-    checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False,
+    checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False, quantize: str | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
     with contextlib.ExitStack() as stack:
@@ -122,6 +124,7 @@ def train_task(
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
         optimizer = prepare(model, method, args, seed, precision)
+        stack.enter_context(quantised(model, quantize, Path(scratch if checkpoints is None else checkpoints.folder)))
         start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
         if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):

@@ -31,7 +31,7 @@ CONTENDERS: dict[str, dict[str, Any]] = METHODS | {
     "gorp-rank-8-kept": {"name": "gorp", "rank": 8, "release_gradients": False},
     "osft-75-kept": {"name": "osft", "frozen_ratio": 0.75, "release_gradients": False},
 }
-DEFAULT = ("gorp", "gorp-rank-8", "gorp-rank-8-kept", "osft-75", "osft-75-kept", "osft-adapter-75", "lora")
+DEFAULT = ("gorp", "gorp-rank-8", "gorp-rank-8-kept", "osft-75", "osft-75-kept", "osft-adapter-75", "osft-adapter-75-4bit", "lora", "lora-4bit")
 STEPS = 3
 
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..methods import get
 from ..methods.base import Memory, Method
 from ..models import linear_modules
+from ..quantised import stand_ins
 from ..subspace import Subspace, orthonormalize
 from .measure import Phases, interleaved, live_bytes, ratio, summary
 from .options import add_common, begin, clock, count, fused, libraries, measure_all, results_file, say
@@ -47,6 +48,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # method and options; the reference, 
     "osft-adapter-75": {"name": "osft", "frozen_ratio": 0.75, "form": "adapter"},
     "osft-inputs": {"name": "osft", "protect": "inputs"},
     "lora": {"name": "lora"},
+    "lora-4bit": {"name": "lora", "quantize": "4bit"},
+    "osft-adapter-75-4bit": {"name": "osft", "frozen_ratio": 0.75, "form": "adapter", "quantize": "4bit"},
 }
 
 
@@ -127,7 +130,7 @@ def adamw(model: nn.Module) -> tuple[torch.optim.Optimizer, Method | None]:
 
 def ours(model: nn.Module, spec: dict[str, Any], space: int) -> tuple[nn.Module, torch.optim.Optimizer, Method]:
     """A method at a task that comes after others: each of its spaces holds `space` directions."""
-    method, memory = get(spec["name"], **{k: v for k, v in spec.items() if k != "name"}), Memory()
+    method, memory = get(spec["name"], **{k: v for k, v in spec.items() if k not in ("name", "quantize")}), Memory()
     bases = {
         name: orthonormalize(torch.randn(n, space, generator=torch.Generator().manual_seed(i)))
         for i, (name, n) in enumerate((method.spaced(model) or {}).items())
@@ -139,6 +142,8 @@ def ours(model: nn.Module, spec: dict[str, Any], space: int) -> tuple[nn.Module,
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = MAX_NORM
     optimizer = method.optimizer(groups, **ADAMW, max_grad_norm=MAX_NORM)
+    for layer, _ in stand_ins(model, spec["quantize"]) if "quantize" in spec else ():
+        layer.weight.data = layer.weight.new_empty(0)
     optimizer.track_captured = True  # as in training
     return model, optimizer, method
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..models import plain_forwards
 from ..products import product
 
 if TYPE_CHECKING:
@@ -66,9 +67,18 @@ class ReleasedForward:
 
     def receive(self, dY: Tensor, X: Tensor) -> None:
         optimizer = self.optimizer()
-        if optimizer is not None:
-            dY, X = (X, dY) if self.group["flipped"] else (dY, X)  # the group's directions speak of the weight as stored
-            optimizer.receive(self.group, self.layer.weight, read(dY, X, *self.group["directions"]))
+        if optimizer is None:
+            return
+        dY, X = (X, dY) if self.group["flipped"] else (dY, X)  # the group's directions speak of the weight as stored
+        (P, Q), constraint = self.group["directions"], self.group["constraint"]
+        closed = None if constraint is None else constraint.outputs if P is None else constraint.inputs if Q is None else None
+        # where a side stays whole, what is closed there is taken off R; off the fewer rows of dY, or X, where these are fewer than R's columns
+        few = closed is not None and len(X) < min(B.shape[1] for B in (P, Q) if B is not None)
+        if few and P is None:
+            dY = dY - product(product(dY, closed.to(dY.dtype)), closed.mT.to(dY.dtype))
+        elif few:
+            X = X - product(product(X, closed.to(X.dtype)), closed.mT.to(X.dtype))
+        optimizer.receive(self.group, self.layer.weight, read(dY, X, P, Q), permitted=few)
 
 
 def release(layer: nn.Module, optimizer: SubspaceAdamW) -> None:
@@ -79,14 +89,8 @@ def release(layer: nn.Module, optimizer: SubspaceAdamW) -> None:
     group = next((g for g in optimizer.param_groups for p in g["params"] if p is layer.weight), None)
     if group is None or group["directions"] is None:
         raise ValueError("release: the optimizer does not train this layer's weight in given directions")
-    if type(layer).forward in _plain_forwards():
+    if type(layer).forward in plain_forwards():
         layer.forward = ReleasedForward(layer, group, optimizer)
-
-
-def _plain_forwards() -> tuple:
-    from transformers.pytorch_utils import Conv1D
-
-    return nn.Linear.forward, Conv1D.forward
 
 
 def keep(model: nn.Module) -> None:

@@ -249,10 +249,14 @@ class SubspaceAdamW(torch.optim.Optimizer):
         weakref.finalize(self, p.register_post_accumulate_grad_hook(take).remove)
 
     @torch.no_grad()
-    def receive(self, group: dict[str, Any], p: Tensor, R: Tensor) -> None:
-        """Add R, the gradient of p in the coordinates of its group's directions, to what the next step will use. (optim/released.py hands it in.)"""
+    def receive(self, group: dict[str, Any], p: Tensor, R: Tensor, permitted: bool = False) -> None:
+        """Add R, the gradient of p in the coordinates of its group's directions, to what the next step will use. (optim/released.py hands it in.)
+
+        permitted: nothing of R lies in what is closed on a side that stays whole, but for rounding.
+        """
         if R.numel():
-            self._add_up(p, coordinates.restrict_whole_side_(group, R.to(working_dtype(p.dtype)).contiguous()))
+            R = R.to(working_dtype(p.dtype)).contiguous()
+            self._add_up(p, R if permitted else coordinates.restrict_whole_side_(group, R))
 
     @torch.no_grad()
     def _add_up(self, p: Tensor, R: Tensor) -> None:
