@@ -208,6 +208,8 @@ class RunConfig(_Model):
     """What the weights are kept in. bfloat16 halves them; what becomes of updates it cannot hold is `precision`."""
     precision: Literal["fp32_master", "stochastic_rounding", "kahan", "plain"] = "fp32_master"
     """For bfloat16 weights: an fp32 copy in the optimizer, rounding at random with the right mean, what rounding lost carried on, or nothing."""
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    """What Adam's moments are kept in between steps. 8bit: a quarter of the bytes, slow on a CPU. Needs bitsandbytes."""
     packing: bool = False
     """The rows of a batch in one sequence without padding, kept apart by their positions. Decoder-only models whose attention can."""
     quantize: Literal["4bit", "8bit"] | None = None

@@ -74,7 +74,9 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},
         "bytes": {
             "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
-            "optimizer_state": SubspaceAdamW(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision).planned_bytes()
+            "optimizer_state": SubspaceAdamW(
+                groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state
+            ).planned_bytes()
             + method.held_bytes(),
             "method_statistics_at_most": method.statistics_bytes(model),
             "copy_for_the_weight_leak": sum(p.nbytes for g in groups if protects(g) or (method.constrained if spaces is None else spaces) and not held for p in g["params"]),

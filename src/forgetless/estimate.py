@@ -240,7 +240,7 @@ def plan_blocks(
         learning = {p for group in groups for p in group["params"]}
         for p in model.parameters():
             p.requires_grad_(p in learning)
-        settings = dict(lr=args.learning_rate, weight_decay=args.weight_decay, precision=config.precision)
+        settings = dict(lr=args.learning_rate, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state)
         method.micro_batches = args.gradient_accumulation_steps
         optimizer = method.optimizer(groups, **settings)
         stack.callback(keep, model)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from . import distributed, models, quantised
+from . import bits, distributed, models
 from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
@@ -103,7 +103,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         rows = method.train_data(task, memory)
-        options = (config.precision, config.packing, config.quantize)
+        options = (config.precision, config.packing, config.quantize, config.optimizer_state)
         trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, *options)
         leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
         state_bytes = trained.state_bytes() + method.held_bytes()
@@ -184,8 +184,9 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         task.check(tokenizer, models.positions(model))
     if config.packing:
         check_packing(model)
-    if config.quantize:
-        quantised.available()
+    for option, wanted in (("quantize", config.quantize), ("optimizer_state", config.optimizer_state == "8bit")):
+        if wanted:
+            bits.check(option)
     if not done:
         method.check(model)  # no module matched: likewise
     if distributed.is_main():

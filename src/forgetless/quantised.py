@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import bits
+from .bits import bitsandbytes
 from .errors import ConfigError
 from .fake import is_fake
 from .models import linear_modules, logical, plain_forwards, replace, tied_weights
@@ -38,9 +40,9 @@ class QuantisedLinear(nn.Module):
         if is_fake(W):
             self.codes, self.state = W.new_empty(quantised_bytes(W, kind), dtype=torch.uint8), None
         elif kind == "4bit":
-            self.codes, self.state = _bitsandbytes().quantize_4bit(flat, blocksize=BLOCK[kind], compress_statistics=True, quant_type="nf4")
+            self.codes, self.state = bitsandbytes().quantize_4bit(flat, blocksize=BLOCK[kind], compress_statistics=True, quant_type="nf4")
         else:
-            self.codes, self.state = _bitsandbytes().quantize_blockwise(flat, blocksize=BLOCK[kind])
+            self.codes, self.state = bitsandbytes().quantize_blockwise(flat, blocksize=BLOCK[kind])
 
     @property
     def weight(self) -> Tensor:
@@ -51,7 +53,7 @@ class QuantisedLinear(nn.Module):
         """Q(W) (out, in)."""
         if self.state is None:
             return self.codes.new_empty(self.shape, dtype=dtype)
-        read = _bitsandbytes().dequantize_4bit if self.kind == "4bit" else _bitsandbytes().dequantize_blockwise
+        read = bitsandbytes().dequantize_4bit if self.kind == "4bit" else bitsandbytes().dequantize_blockwise
         return read(self.codes, self.state).reshape(self.shape).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def quantised(model: nn.Module, kind: str | None, folder: Path) -> Iterator[None
     if kind is None:
         yield
         return
-    available()
+    bits.check("quantize")
     whole, places = folder / "whole", []
     shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed
     whole.mkdir(parents=True)
@@ -126,17 +128,3 @@ def quantised_bytes(W: Tensor, kind: str) -> int:
     """Bytes of Q(W): its codes, and the scales of its blocks."""
     blocks = -(-W.numel() // BLOCK[kind])
     return -(-W.numel() // 2) + blocks + 4 * -(-blocks // NESTED) if kind == "4bit" else W.numel() + 4 * blocks
-
-
-def available() -> None:
-    """Raises ConfigError where bitsandbytes cannot be imported."""
-    try:
-        _bitsandbytes()
-    except ImportError as error:
-        raise ConfigError(f"quantize: bitsandbytes cannot be imported ({error}); pip install 'forgetless[quantize]', or take it out") from None
-
-
-def _bitsandbytes() -> Any:
-    import bitsandbytes.functional as functional
-
-    return functional

@@ -116,14 +116,14 @@ class TrainResult:
 
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
-    checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False, quantize: str | None = None,
+    checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False, quantize: str | None = None, optimizer_state: str = "fp32",
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
     with contextlib.ExitStack() as stack:
         every = checkpoints.every if checkpoints else None
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
-        optimizer = prepare(model, method, args, seed, precision)
+        optimizer = prepare(model, method, args, seed, precision, optimizer_state)
         stack.enter_context(quantised(model, quantize, Path(scratch if checkpoints is None else checkpoints.folder)))
         start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
@@ -162,7 +162,7 @@ def train_task(
     return TrainResult(optimizer, start, log, bool(args.bf16))
 
 
-def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -> torch.optim.Optimizer:
+def prepare(model: nn.Module, method: Method, args, seed: int, precision: str, optimizer_state: str = "fp32") -> torch.optim.Optimizer:
     """The optimizer over the method's groups; everything else is frozen."""
     groups = method.param_groups(model)
     trained = {p for group in groups for p in group["params"]}
@@ -172,7 +172,11 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str) -
         p.requires_grad_(p in trained)
     method.micro_batches = args.gradient_accumulation_steps
     optimizer = method.optimizer(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                                 weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, seed=seed)  # fmt: skip
+                                 weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, optimizer_state=optimizer_state, seed=seed)  # fmt: skip
+    if optimizer_state != "fp32" and not isinstance(optimizer, SubspaceAdamW):
+        raise ConfigError(
+            f"optimizer_state: {optimizer_state} is SubspaceAdamW's, and method {method.name} trains by {type(optimizer).__name__}; take it out"
+        )
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = args.max_grad_norm
     if isinstance(optimizer, SubspaceAdamW):

@@ -107,7 +107,7 @@ class Method:
         raise NotImplementedError
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-        """The optimizer of one task. settings: lr, betas, eps, weight_decay, max_grad_norm, precision, seed. Any but a SubspaceAdamW is clipped by the Trainer."""
+        """The optimizer of one task. settings: lr, betas, eps, weight_decay, max_grad_norm, precision, optimizer_state, seed. Any but a SubspaceAdamW is clipped by the Trainer."""
         from ..optim import SubspaceAdamW
 
         return SubspaceAdamW(groups, **settings)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..fake import is_fake
 from ..products import product
 from ..subspace import orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
+from . import moments
 from .rounding import seeded
 
 SIDES = ("inputs", "outputs", "both")
@@ -229,7 +230,7 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     P = orthonormalize(A @ Q, against=U) if group["side"] == "both" else None  # (m, r): A Q = P diag(sigma) for singular directions Q
     if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
         return False
-    if old is not None and "exp_avg" in state:
+    if old is not None and moments.NAMES[0] in state:
         _carry_moments(group, state, P, Q)
     state["basis"] = Q
     if P is not None:
@@ -239,7 +240,7 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
 
 def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | None, Q: Tensor) -> None:
     """From the directions in `state` to P and Q: M <- (P_old^T P)^T M (Q_old^T Q), the second moments likewise (rotate_moments), on columns, then on rows."""
-    M, v = state["exp_avg"], state["exp_avg_sq"]
+    M, v = moments.read(state)
     shape = (M.shape[0] if P is None else P.shape[1], Q.shape[1])
     if group["moments"] == "rotate":
         M, v = rotate_moments(M, v, state["basis"], Q)
@@ -248,7 +249,7 @@ def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | Non
     elif group["moments"] == "reset" or M.shape != shape:  # "keep" has nothing to keep when the rank changed
         M, v = M.new_zeros(shape), v.new_zeros(shape)
         state["step"] = torch.zeros_like(state["step"])
-    state["exp_avg"], state["exp_avg_sq"] = M, v
+    moments.write(state, (M, v), group["optimizer_state"])
 
 
 def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tuple[Tensor, Tensor]:

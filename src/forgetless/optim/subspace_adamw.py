@@ -28,7 +28,7 @@ from torch.optim.adamw import adamw
 from ..fake import storage_key
 from ..products import add_product_, full_precision, product
 from ..subspace import Constraint, working_dtype
-from . import coordinates, rounding
+from . import coordinates, moments, rounding
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
 NOT_SAVED = ("constraint", "directions", "names", "release", "observe")
@@ -62,13 +62,14 @@ class SubspaceAdamW(torch.optim.Optimizer):
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
             scale (float): multiplies the low-rank step (GaLore's alpha).
             lr_scale (float): multiplies lr for this group, so that one scheduler reaches groups with different rates.
-            precision (str): as below, for this group.
+            precision (str), optimizer_state (str): as below, for this group.
         lr: step size. betas, eps: as in torch.optim.AdamW.
         weight_decay: plain tensors decay toward zero; constrained or low-rank ones toward their value at the optimizer's creation (the task's start),
             inside the permitted directions: decay toward zero would itself be forgetting.
         precision: what becomes of updates too small for a bf16 or fp16 weight; no effect on fp32 and fp64 ones. "fp32_master" (4 bytes an element: the weight is
             the rounding of an fp32 copy, made at its first step; what else writes to the weight later is overwritten), "stochastic_rounding" (none; up or
             down at random, right in the mean), "kahan" (2 bytes: what rounding lost joins the next update), "plain" (updates under half an ulp vanish).
+        optimizer_state: what the moments are kept in between steps: "fp32", or "8bit" (moments.py; a quarter of the bytes, by bitsandbytes).
         max_grad_norm: clip the global norm of the gradients AS USED (after projection, in the r coordinates for low-rank tensors); None or 0 never clips.
             The gradients of constrained tensors are replaced by their permitted part in p.grad.
         seed: of the random starts of "cold", and of stochastic rounding.
@@ -95,12 +96,14 @@ class SubspaceAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         precision: str = "fp32_master",
+        optimizer_state: str = "fp32",
         max_grad_norm: float | None = None,
         seed: int = 0,
     ):
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, observe=None, side="inputs",
-            refresh_gap=10, stagger=False, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision, names=None,
+            refresh_gap=10, stagger=False, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision,
+            optimizer_state=optimizer_state, names=None,
         )  # fmt: skip
         self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
         self.micro_batches = 1
@@ -122,7 +125,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         constraint: Constraint | None = group["constraint"]
         transposed = group.pop("transposed", False)
-        options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, precision=rounding.PRECISIONS)
+        options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, precision=rounding.PRECISIONS,
+                       optimizer_state=moments.KINDS)  # fmt: skip
         for key, allowed in options.items():
             if group[key] not in allowed:
                 raise ValueError(f"SubspaceAdamW: {key}={group[key]!r}; one of {', '.join(allowed)}")
@@ -283,7 +287,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             state = self.state[p]
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=R.device)  # where the fused kernels want it
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
+                moments.write(state, (torch.zeros_like(R), torch.zeros_like(R)), "fp32")
             if group["rank"] is not None or rounding.counts_updates(p, group["precision"]):
                 state["updates"] = state.get("updates", torch.zeros((), dtype=torch.int64)) + 1
             rounding.prepare(p, state, group["precision"])
@@ -293,7 +297,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             target = W if plain else torch.zeros_like(R)
             rate, decay = float(group["lr"]) * group["lr_scale"], group["weight_decay"] if plain else 0.0
             fused = R.dtype != torch.float64 and R.device.type in ("cpu", "cuda")
-            tensors = (target, R, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            tensors = (target, R, *moments.read(state), state["step"])
             together[rate, decay, *group["betas"], group["eps"], fused].append((group, p, index, plain, *tensors))
         leaks = []
         for (rate, decay, beta1, beta2, eps, fused), alike in together.items():
@@ -302,7 +306,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 targets, gradients, first, second, [], steps,
                 fused=fused, foreach=False, amsgrad=False, maximize=False, lr=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay,
             )  # fmt: skip
-            for group, p, index, plain, target in zip(groups, weights, indices, plains, targets, strict=True):
+            for group, p, index, plain, target, *pair in zip(groups, weights, indices, plains, targets, first, second, strict=True):
+                moments.write(self.state[p], pair, group["optimizer_state"])
                 if plain:
                     rounding.settle(p, target)
                 else:
@@ -375,9 +380,11 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 total += p.numel() * size if self._keeps_start(group) else 0
                 continue
             if not coordinates.reduced(group):
-                total += 2 * p.numel() * size + 4  # moments, step
+                total += moments.planned_bytes(p.numel(), working_dtype(p.dtype), group["optimizer_state"]) + 4  # step
             else:
-                total += coordinates.elements(group, p.shape) * size + 4  # moments, bases, step
+                numbers = coordinates.numbers(group, p.shape)
+                total += moments.planned_bytes(numbers, working_dtype(p.dtype), group["optimizer_state"]) + 4
+                total += (coordinates.elements(group, p.shape) - 2 * numbers) * size  # bases
             total += 8 if group["rank"] is not None or rounding.counts_updates(p, group["precision"]) else 0  # updates
             total += p.numel() * size if self._keeps_start(group) else 0
             total += rounding.planned_bytes(p, group["precision"])
