@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import forgetless as fl
 from forgetless import models
 from forgetless.config import load_config
-from forgetless.errors import ConfigError, Diverged
+from forgetless.errors import ConfigError, DataError, Diverged
 from forgetless.estimate import estimate
 from forgetless.methods import get
 from forgetless.methods.base import Memory
@@ -170,6 +170,17 @@ def test_bad_input_ends_in_one_message(small_run, monkeypatch):
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     with pytest.raises(ConfigError, match=r"quantize: bitsandbytes cannot be imported.*forgetless\[quantize\]"):
         fl.run(small_run("lora", quantize="4bit"))
+
+
+def test_a_model_that_is_stored_quantised_is_refused(small_run, tmp_path):
+    folder = make_model_folder(tmp_path / "stored")
+    config = json.loads((tmp_path / "stored" / "config.json").read_text())
+    (tmp_path / "stored" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    for what in (fl.run, lambda c: estimate(load_config(c))):
+        with pytest.raises(DataError, match="stored quantised .bitsandbytes.*give the whole model"):
+            what(small_run("lora", model=folder))
 
 
 def test_some_layers_may_learn_whole_beside_quantised_ones(small_run):

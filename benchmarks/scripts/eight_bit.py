@@ -17,7 +17,9 @@ def queue() -> dict[str, dict]:
     tuning, found = ABLATION.tuning(), {}
     for name in METHODS:
         method, rate = ABLATION.best()[name]
-        config = next(c for key, c in tuning.items() if key.startswith(f"tune-{name}-") and (c["method"], c["train"]["learning_rate"]) == (method, rate))
+        config = next(
+            c for key, c in tuning.items() if key.startswith(f"tune-{name}-") and (c["method"], c["train"]["learning_rate"]) == (method, rate)
+        )
         found |= {f"{name}-8bit": config | {"optimizer_state": "8bit"}}
     return found
 

@@ -39,8 +39,12 @@ def load(name: str, *, trust_remote_code: bool = False, dtype: torch.dtype | str
     kwargs = dict(trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
     tokenizer = load_tokenizer(name, path, trust_remote_code)
     try:
-        auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path, **kwargs).is_encoder_decoder else AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        _refuse_quantised(name, config)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"model '{name}': cannot be loaded as a language model ({_first_line(error)})") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
@@ -79,9 +83,11 @@ def configuration(name: str, path: str, trust_remote_code: bool = False):
 
     _refuse_remote_code(name, path, trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(path))
     except Exception as error:  # likewise
         raise DataError(f"model '{name}': its configuration cannot be read ({_first_line(error)})") from error
+    _refuse_quantised(name, config)
+    return config
 
 
 def without_data(config, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -105,6 +111,16 @@ def resolve(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"model '{name}': no such folder; give a Hugging Face model folder, a hub id, or bundled:smollm2-135m")
     return name
+
+
+def _refuse_quantised(name: str, config) -> None:
+    found = getattr(config, "quantization_config", None)
+    if found:
+        kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise DataError(
+            f"model '{name}': its weights are stored quantised ({kind or 'quantization_config'}), and what is learned could not be added to them; give the whole "
+            "model, and quantize: 4bit where its frozen layers should be small while a task trains"
+        )
 
 
 def _refuse_remote_code(name: str, path: str, trusted: bool) -> None:
