@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -14,7 +13,6 @@ from forgetless import models
 from forgetless.config import load_config
 from forgetless.errors import ConfigError
 from forgetless.estimate import estimate
-from forgetless.methods import get
 from forgetless.optim import SubspaceAdamW, moments
 
 
