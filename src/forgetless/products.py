@@ -67,11 +67,12 @@ def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
         return native.add_product_(C, A, B.mT, alpha)
     if A.shape[1] < 32 or not _suits(A, B):  # a thin product is quicker than reading and writing C, whoever makes it
         return C.addmm_(A, B, alpha=alpha)
+    stored = C
     if C.stride(0) < C.stride(1):  # C^T <- C^T + alpha B^T A^T: blocks of rows as they are stored
-        C, A, B = C.mT, B.mT.contiguous(), A.mT
-    rows = max(1, BLOCK // C.shape[1])
-    for i in range(0, C.shape[0], rows):
-        C[i : i + rows].add_(_linear(A[i : i + rows], B.mT), alpha=alpha)
+        stored, A, B = C.mT, B.mT.contiguous(), A.mT
+    rows = max(1, BLOCK // stored.shape[1])
+    for i in range(0, stored.shape[0], rows):
+        stored[i : i + rows].add_(_linear(A[i : i + rows], B.mT), alpha=alpha)
     return C
 
 
