@@ -34,6 +34,17 @@ def test_a_run_of_other_settings_or_of_an_earlier_code_does_not_count_as_done(sm
     assert not runs.recorded({"one": settings}, tmp_path / "nothing", results)
 
 
+def test_the_panels_of_the_step_plot_are_all_measured():
+    import plot_step
+
+    def look(cells, ratio, path):
+        for title, (places, row) in plot_step.panels(cells).items():
+            assert len(places) == len(row) >= 3 and places == sorted(places), title
+            assert all(cell["contenders"][name]["ratio"][ratio] > 0 for cell in row for name in plot_step.LINES)
+
+    plot_step.main(look)
+
+
 @pytest.mark.parametrize("rate", [2e-5, 1e-4, 4e-3])
 def test_every_trial_ends_at_a_tenth_of_its_own_rate(rate):
     train = comparison.train(rate)
