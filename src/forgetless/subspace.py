@@ -173,8 +173,6 @@ def top_subspace(
         floor = max(
             floor, 4 * max(m, n) * torch.finfo(torch.float64).eps
         )  # a Gram matrix squares the condition number: its small eigenvalues are noise
-    if method == "symmetric":
-        floor = max(floor, 4 * torch.finfo(A.dtype).eps)  # as it was computed in
     V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
     energy = energy[: V.shape[1]]
     if method != "svd" and V.shape[1]:
