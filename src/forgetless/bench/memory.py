@@ -20,7 +20,7 @@ from .measure import live_bytes
 from .options import add_common, begin, libraries, measure_all, results_file, say
 from .results import Results, environment, table, versions
 from .train import CONTENDERS as METHODS
-from .train import KEY, PACKAGES, adamw, add_model_options, make_batch, make_model, ours, phases, wanted
+from .train import PACKAGES, SHAPE, adamw, add_model_options, make_batch, make_model, ours, phases, title, wanted
 
 SUMMARY = "the most memory a process holds while it trains a language model, by method"
 EXAMPLE = """examples:
@@ -44,10 +44,10 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, write it cell by cell, and print the table of all cells asked for."""
     names = ["adamw", *options.contenders]
     settings = begin(options) | {"contenders": names, "autocast": options.autocast, **libraries()}
-    results = Results(results_file(options, "memory"), KEY)
+    results = Results(results_file(options, "memory"), SHAPE)
     cells = measure_all(
         results, wanted(options), settings, versions(*PACKAGES), {"benchmark": "memory", "environment": environment(options.device)}, options.again,
-        lambda key: f"{key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed", names,
+        title, names,
         lambda key: {"contenders": {name: apart(key, name, settings, str(options.device)) for name in names}},
     )  # fmt: skip
     print(table([row for cell in cells for row in rows(cell)]))

@@ -1,8 +1,8 @@
 """`python -m forgetless.bench train`: a whole training step of a language model, by the methods beside AdamW on the same linear layers.
 
-A cell is a model's shape (random weights, as many blocks as asked for), rows and tokens a step, and a space of k closed input directions a layer, as earlier tasks leave
-it. A step is forward, backward, the method's statistics, clipping, and the optimizer; the loss is that of the last few tokens, as of an answer. Each contender trains
-its own model, in turns with AdamW's.
+A cell is a model's shape (random weights, as many blocks as asked for), rows and tokens a step, a space of k closed input directions a layer, as earlier tasks leave
+it, and a contender. A step is forward, backward, the method's statistics, clipping, and the optimizer; the loss is that of the last few tokens, as of an answer. Each
+contender trains its own model, in turns with AdamW's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ EXAMPLE = """examples:
   python -m forgetless.bench train --layers 6 --rows 8 --tokens 512 --contenders gorp osft-75 osft-adapter-75 --autocast"""
 
 PACKAGES = ("forgetless", "torch", "transformers", "peft")
-KEY = ("shapes", "layers", "rows", "tokens", "space")
+SHAPE = ("shapes", "layers", "rows", "tokens", "space")
+KEY = (*SHAPE, "contender")
 ANSWER = 4  # tokens of a row that the loss is of
 ADAMW = dict(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 MAX_NORM = 1.0
@@ -71,34 +72,32 @@ def add_model_options(parser: argparse.ArgumentParser, contenders: dict[str, dic
 
 
 def wanted(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The keys of the cells asked for. Raises ConfigError for a space or a row that does not fit."""
+    """The shapes asked for. Raises ConfigError for a space or a row that does not fit."""
     shape = MODELS[options.shapes]
     if options.space < 0 or options.space >= shape["hidden_size"]:
         raise ConfigError(f"--space {options.space}: the layers of {options.shapes} have {shape['hidden_size']} inputs")
     if min(options.tokens) <= ANSWER:
         raise ConfigError(f"--tokens {min(options.tokens)}: a row needs more than the {ANSWER} tokens its loss is of")
     layers = options.layers or shape["num_hidden_layers"]
-    return [dict(zip(KEY, (options.shapes, layers, options.rows, tokens, options.space), strict=True)) for tokens in options.tokens]
+    return [dict(zip(SHAPE, (options.shapes, layers, options.rows, tokens, options.space), strict=True)) for tokens in options.tokens]
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not there yet, write it cell by cell, and print the table of all cells asked for."""
     common = begin(options)
-    settings = common | {
-        "contenders": options.contenders,
-        "autocast": options.autocast,
-        "fused_adamw": fused(options.device),
-        **libraries(),
-    }
+    settings = common | {"autocast": options.autocast, "fused_adamw": fused(options.device), **libraries()}
     results = Results(results_file(options, "train"), KEY)
     head = {"benchmark": "train", "environment": environment(options.device)}
     cells = measure_all(
-        results, wanted(options), settings, versions(*PACKAGES), head, options.again,
-        lambda key: f"{key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed", options.contenders,
-        lambda key: {"contenders": {name: measure(key, CONTENDERS[name], settings, options.device) for name in options.contenders}},
+        results, [key | {"contender": name} for key in wanted(options) for name in options.contenders], settings, versions(*PACKAGES), head, options.again,
+        lambda key: f"{key['contender']}: {title(key)}", ["beside adamw"], lambda key: measure(key, CONTENDERS[key["contender"]], settings, options.device),
     )  # fmt: skip
-    print(table([row for cell in cells for row in rows(cell)]))
+    print(table([row(cell) for cell in cells]))
     say(f"written to {results.path}")
+
+
+def title(key: dict[str, Any]) -> str:
+    return f"{key['layers']} blocks of {key['shapes']}, {key['rows']} rows of {key['tokens']} tokens, {key['space']} directions closed"
 
 
 # -- one contender ---------------------------------------------------------------------------------------------------------------------
@@ -207,12 +206,9 @@ def measure(key: dict[str, Any], spec: dict[str, Any], settings: dict[str, Any],
     return found | {"raw": {name: {"cpu": t.cpu, "wall": t.wall} for name, t in times.items()}}
 
 
-def rows(cell: dict[str, Any]) -> list[dict[str, str]]:
-    by, lines = clock(cell["settings"]), []
-    for name, own in cell["contenders"].items():
-        seconds, ratios = own["seconds"][by], own["ratio"]
-        line = {"shapes": f"{cell['shapes']} x {cell['layers']}", "tokens": f"{cell['rows']} x {cell['tokens']}", "contender": name}
-        line |= {f"ms ({by})": f"{1e3 * seconds['median']:.0f}", "adamw ms": f"{1e3 * own['adamw']['seconds']['median']:.0f}"}
-        line |= {"x adamw": f"{ratios['time']:.2f}", "median": f"{ratios['median']:.2f}"}
-        lines.append(line | {"MB": f"{own['bytes'] / 1e6:.0f}", "MB x adamw": f"{ratios['bytes']:.2f}"})
-    return lines
+def row(cell: dict[str, Any]) -> dict[str, str]:
+    by, ratios = clock(cell["settings"]), cell["ratio"]
+    line = {"shapes": f"{cell['shapes']} x {cell['layers']}", "tokens": f"{cell['rows']} x {cell['tokens']}", "contender": cell["contender"]}
+    line |= {f"ms ({by})": f"{1e3 * cell['seconds'][by]['median']:.0f}", "adamw ms": f"{1e3 * cell['adamw']['seconds']['median']:.0f}"}
+    line |= {"x adamw": f"{ratios['time']:.2f}", "median": f"{ratios['median']:.2f}"}
+    return line | {"MB": f"{cell['bytes'] / 1e6:.0f}", "MB x adamw": f"{ratios['bytes']:.2f}"}
