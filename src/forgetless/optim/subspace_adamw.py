@@ -29,6 +29,7 @@ from ..fake import storage_key
 from ..products import add_product_, full_precision, product
 from ..subspace import Constraint, working_dtype
 from . import coordinates, moments, rounding
+from .captured import Captured
 
 # what a group holds that is not a number: taken from the running program, never from a checkpoint
 NOT_SAVED = ("constraint", "directions", "names", "release", "observe")
@@ -115,7 +116,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         self.track_captured = False
         self.captured: float | None = None
         self.captured_of_best: float | None = None
-        self._captures: list[tuple[Tensor, Tensor | None]] = []  # since the last step: a tensor's share, and the largest there could be
+        self._noted = Captured()
         self.grad_norm: Tensor | None = None
 
     # -- checking ------------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
         used = [(group, p, coordinates.cleaned(group, R), i) for group, p, R, i in used if R is not None]
         self._clip([R for _, _, R, _ in used])
-        self._sum_up_captures()
+        self.captured, self.captured_of_best = self._noted.take()
         leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
         self.update_leak = max(leaks) if self.track_leak and constrained else None  # where nothing is protected there is nothing to leak into
@@ -210,25 +211,12 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 G.copy_(permitted)
                 G = permitted  # what bf16 would round away is still here
             return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
-        chosen = partial(self._capture, group, index, int(self.state[p].get("updates", 0))) if self.track_captured else None
+        chosen = partial(self._note, group, p, index) if self.track_captured else None
         return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index, refresh, chosen)
 
-    def _capture(self, group: dict[str, Any], index: int, updates: int, G: Tensor, R: Tensor) -> None:
-        """Note how much of G its new coordinates R hold; of one tensor in each tenth choice, the most they could hold."""
-        total = torch.linalg.vector_norm(G).double() ** 2
-        choice, count = updates // group["refresh_gap"], sum(len(g["params"]) for g in self.param_groups if g["rank"] is not None)
-        best = coordinates.best_energy(group, G).double() / total if choice % 10 == 0 and self._rank_index(index) == choice // 10 % count else None
-        self._captures.append((torch.linalg.vector_norm(R).double() ** 2 / total, best))
-
-    def _rank_index(self, index: int) -> int:
-        """The place of a tensor among those with a rank."""
-        return sum(group["rank"] is not None for i, (group, _) in enumerate(self._each()) if i < index)
-
-    def _sum_up_captures(self) -> None:
-        shares, sampled = [share for share, _ in self._captures], [share / best for share, best in self._captures if best is not None and best > 0]
-        self.captured = float(torch.stack([s.to(shares[0].device) for s in shares]).mean()) if shares else None
-        self.captured_of_best = float(sampled[0]) if sampled else None
-        self._captures.clear()
+    def _note(self, group: dict[str, Any], p: Tensor, index: int, G: Tensor, R: Tensor) -> None:
+        ranked = [i for i, (other, _) in enumerate(self._each()) if other["rank"] is not None]
+        self._noted.note(group, int(self.state[p].get("updates", 0)), ranked.index(index), len(ranked), G, R)
 
     def _release_gradients(self, p: Tensor, index: int) -> None:
         """From now on p's gradient becomes R as soon as backward is done with it. Ends with the optimizer."""
@@ -269,7 +257,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._released.clear()
-        self._captures.clear()
+        self._noted.take()
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if not self.max_grad_norm or not gradients:
