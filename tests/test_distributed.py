@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_task
+from safetensors.torch import load_file
 
 import forgetless as fl
 
@@ -120,6 +121,18 @@ def test_a_run_through_torchrun_commits_once_and_is_loaded_by_one_process(throug
     again = fl.run(config)  # alone: all is there, the model is the one that was committed
     assert again.resumed_at == 2
     assert done.stderr.count("group at exit: False") == 2  # left to the interpreter, one exit in twenty aborts and takes the other process with it
+
+
+def test_two_processes_put_their_whole_weights_aside_each_for_itself(small_run, tmp_path):
+    config = small_run({"name": "lora", "lora_dropout": 0.0}, tasks=("colour", "animal"), quantize="4bit")
+    done = torchrun("-m", "forgetless", "run", config_file(config, tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    config["train"]["per_device_train_batch_size"] *= 2
+    alone = fl.run(config | {"output_dir": str(tmp_path / "alone")})
+    ours, other = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", alone.path))
+    for name, W in ours.items():  # the rows of a step are the same, and added up in another order
+        torch.testing.assert_close(W, other[name], atol=2e-4, rtol=0)
+    assert not list((tmp_path / "run").rglob("whole*"))
 
 
 def test_a_run_through_accelerate_launch(small_run, tmp_path):

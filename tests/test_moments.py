@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import forgetless as fl
-from forgetless import models
+from forgetless import bits, models
 from forgetless.config import load_config
 from forgetless.errors import ConfigError
 from forgetless.estimate import estimate
@@ -54,6 +54,51 @@ def test_each_moment_has_the_code_that_fits_it():
     moments.write(state, (M, v), "8bit")
     errors = [float((found - right).norm() / right.norm()) for found, right in zip(moments.read(state), (M, v), strict=True)]
     assert errors[0] < 0.015 and errors[1] < 0.008  # measured 0.0114 and 0.0064; by the signed code the second is 0.0126
+
+
+@pytest.fixture(params=["bitsandbytes' kernel here", "the nearest code, as its kernels elsewhere"])
+def rounding(request, monkeypatch):
+    """What quantises: bitsandbytes' CPU kernel, which looks codes up coarsely, or what it does on a GPU."""
+    if request.param.startswith("the"):
+
+        class Nearest:
+            def __getattr__(self, name):
+                return getattr(bits.bitsandbytes(), name)
+
+            def quantize_blockwise(self, A, code, blocksize):
+                codes, found = bits.bitsandbytes().quantize_blockwise(A, code=code, blocksize=blocksize)
+                padded = torch.nn.functional.pad(A, (0, -len(A) % blocksize)).reshape(-1, blocksize) / found.absmax[:, None].clamp_min(1e-38)
+                return torch.bucketize(padded.reshape(-1)[: len(A)], (code[1:] + code[:-1]) / 2).to(torch.uint8), found
+
+        monkeypatch.setattr(moments, "bitsandbytes", Nearest)
+    return request.param
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3])
+def test_rows_that_seldom_have_a_gradient_take_no_leaps(rounding, size):
+    """As an embedding's: a second moment that is rounded to 0 beside a first that is not makes a step of hundreds of rates."""
+    torch.manual_seed(0)
+    W, lr, largest = torch.nn.Parameter(torch.randn(64, 576) / 10), 1e-4, 0.0
+    optimizer = SubspaceAdamW([W], lr=lr, optimizer_state="8bit")
+    for _ in range(60):
+        before, W.grad = W.detach().clone(), torch.zeros_like(W)
+        rows = torch.randperm(64)[:8]
+        W.grad[rows] = size * torch.randn(8, 576) * torch.logspace(0, -4, 576)
+        optimizer.step()
+        largest = max(largest, float((W.detach() - before).abs().max()))
+    assert largest < 4 * lr  # with whole moments 1.2
+
+
+def test_what_has_no_gradient_does_not_move(rounding):
+    torch.manual_seed(0)
+    W = torch.nn.Parameter(torch.randn(96, 80) / 10)
+    start, optimizer = W.detach().clone(), SubspaceAdamW([W], lr=1e-3, optimizer_state="8bit")
+    for _ in range(30):
+        W.grad = torch.randn(96, 80)
+        W.grad[:, ::3] = 0
+        optimizer.step()
+    moved = (W.detach() - start).abs()
+    assert float(moved[:, ::3].max()) == 0 < float(moved[:, 1::3].min())
 
 
 def test_small_tensors_and_fp64_ones_keep_their_moments_whole():

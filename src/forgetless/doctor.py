@@ -40,6 +40,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     from .methods.base import Memory
     from .optim import SubspaceAdamW
     from .optim.coordinates import protects
+    from .quantised import frozen, quantised_bytes
     from .tasks import load_stream
     from .trainer import training_arguments
 
@@ -68,12 +69,19 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
                 "overlap": task.overlap,
             }
         )
+    if config.quantize:  # of layers that are frozen while a task trains
+        learning = {p for g in groups for p in g["params"]}
+        for p in model.parameters():
+            p.requires_grad_(p in learning)
+        small = sum(quantised_bytes(layer.weight, config.quantize) - layer.weight.nbytes for layer in frozen(model))
     held, spaces = method.held_bytes(), method.spaced(model)  # an adapter's: only its constrained factors are copied
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},
         "bytes": {
-            "weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.nbytes for g in groups for p in g["params"]),
+            "weights": sum(p.nbytes for p in model.parameters()),
+            **({"weights_while_a_task_trains": sum(p.nbytes for p in model.parameters()) + small} if config.quantize else {}),
+            "gradients": sum(p.nbytes for g in groups for p in g["params"]),
             "optimizer_state": SubspaceAdamW(
                 groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state
             ).planned_bytes()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -35,8 +36,9 @@ from .quantised import stand_ins
 from .record import resident_bytes
 from .subspace import Subspace
 from .tasks import load_stream
-from .trainer import eager_pays, training_arguments
+from .trainer import check_state, eager_pays, training_arguments
 
+log = logging.getLogger(__name__)
 CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchmarks/results/gorp_ablation_order1.json)
 EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
 CONTEXT = 600 << 20  # a GPU's own: CUDA's context and libraries
@@ -69,6 +71,8 @@ class Step:
     aside: int  # bytes of whole weights in files while a task trains
     activations: int  # what autograd keeps for the backward pass, the parameters apart
     optimizer_state: int  # moments, masters, bases
+    adapters: int  # what learns beside the model's own parameters
+    moments_in_fp32: int  # of the largest tensor, where moments are kept in fewer bits between steps
     method_bases: int
     method_statistics: int
     copy_for_the_weight_leak: int
@@ -107,7 +111,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
         raise ConfigError(
             f"model '{config.model}' with method {method.name} cannot be planned without its weights ({type(error).__name__}: {said}); forgetless doctor loads them"
         ) from error
-    held = ("weights", "optimizer_state", "method_bases", "method_statistics", "copy_for_the_weight_leak")
+    held = ("weights", "adapters", "optimizer_state", "moments_in_fp32", "method_bases", "method_statistics", "copy_for_the_weight_leak")
     peak = {name: getattr(step, name) for name in held}
     # what is kept for the backward pass goes as the gradients come, but its memory is seldom in the pieces that they need
     peak |= {"activations": step.activations, "gradients": step.gradients}
@@ -115,8 +119,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
         "scoring": scoring,
         "process": CONTEXT if on_gpu else resident_bytes(),
     }  # libraries are loaded here and no model: a training process holds as much
-    # where they are quantised while a task trains, the weights are whole while it is prepared and scored
-    between = (step.whole + max(step.method_bases, scoring)) * bool(step.whole) + peak["process"]
+    # where they are quantised while a task trains, the weights are whole while it is prepared, merged and scored
+    between = (step.whole + max(step.method_bases + step.adapters, scoring) + peak["process"]) * bool(step.whole)
     speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
     counts = {r.name: steps_of(r, args) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -225,7 +229,7 @@ def plan_blocks(
 
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"  # autocast keeps the same tensors on both
     with FakeTensorMode(), unmoved(), contextlib.ExitStack() as stack:
-        model = models.without_data(shape, getattr(torch, config.dtype), config.trust_remote_code).train()
+        model = models.without_data(copy.deepcopy(shape), getattr(torch, config.dtype), config.trust_remote_code).train()
         if device == "cpu" and eager_pays(rows.tokens, args.per_device_train_batch_size, config.packing):
             model.set_attn_implementation("eager")  # as the Trainer does
         parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
@@ -244,18 +248,43 @@ def plan_blocks(
         method.micro_batches = args.gradient_accumulation_steps
         optimizer = method.optimizer(groups, **settings)
         stack.callback(keep, model)
+        held, statistics, trained = method.held_bytes(), method.statistics_bytes(model), sum(p.numel() for p in learning)
         weights, codes, aside = sum(p.nbytes for p in base), 0, 0
         for layer, stand_in in stand_ins(model, config.quantize) if config.quantize else ():
             codes, aside = codes + stand_in.codes.nbytes, aside + layer.weight.nbytes
         ours = isinstance(optimizer, SubspaceAdamW)
-        held, trained = method.held_bytes(), sum(p.numel() for p in learning)
+        check_state(optimizer, config.optimizer_state, method)
+        sizes = (
+            [coordinates.numbers(g, p.shape) if coordinates.reduced(g) else p.numel() for g in optimizer.param_groups for p in g["params"]]
+            if ours
+            else []
+        )
+        in_fp32 = 8 * max(sizes) if sizes and config.optimizer_state == "8bit" else 0
         guarded = [p for group in groups if coordinates.protects(group) or guards and not held for p in group["params"]]
         step = Step(
-            weights - aside + codes, weights if aside else 0, gradient_bytes(optimizer), aside, saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
-            optimizer.planned_bytes() if ours else 8 * trained, held, method.statistics_bytes(model), sum(p.nbytes for p in guarded), parameters, trained,
-            embeddings.numel(), embeddings.shape[0],
+            weights=weights - aside + codes, whole=weights if aside else 0, aside=aside, gradients=gradient_bytes(optimizer),
+            activations=saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
+            optimizer_state=optimizer.planned_bytes() if ours else 8 * trained, moments_in_fp32=in_fp32, adapters=sum(p.nbytes for p in learning - set(base)),
+            method_bases=held, method_statistics=statistics, copy_for_the_weight_leak=sum(p.nbytes for p in guarded),
+            parameters=parameters, trained=trained, embedded=embeddings.numel(), vocabulary=embeddings.shape[0],
         )  # fmt: skip
         return step, sum(4 * n * int(closed * n) for n in spaces.values())
+
+
+def check_bits(config: RunConfig, method: Method, shape: Any) -> None:
+    """Raise ConfigError, before anything is computed, where nothing would stay frozen for `quantize`, or the optimizer does not know `optimizer_state`.
+
+    On a model without data; a method that cannot be planned there is told by its first task.
+    """
+    if not config.quantize and config.optimizer_state == "fp32":
+        return
+    args = training_arguments(config.train, config.seed, config.output_dir)
+    try:
+        plan_blocks(config, method, args, Rows("", None, 0.0, 2, 1, 0), 0.0, False, shape, run=False)
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("%s cannot be planned: %s", method.name, error)
 
 
 @contextlib.contextmanager

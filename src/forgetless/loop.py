@@ -23,6 +23,7 @@ from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
 from .errors import ForgetlessError
+from .estimate import check_bits
 from .evaluation.drift import record_inputs, weight_leak
 from .evaluation.matrix import AccuracyMatrix
 from .lineage import RunFolder, model_sha256, write_atomic
@@ -105,10 +106,12 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         rows = method.train_data(task, memory)
         options = (config.precision, config.packing, config.quantize, config.optimizer_state)
         trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, *options)
-        leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
-        state_bytes = trained.state_bytes() + method.held_bytes()
-        trained.optimizer = trained.start = None  # moments and copies are not needed while scoring
-        gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
+        with trained.whole:  # what is quantised is whole again, once moments and copies have made room for it
+            leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
+            state_bytes = trained.state_bytes()
+            trained.optimizer = trained.start = None
+            gc.collect()  # the Trainer, which holds the optimizer, and its callbacks hold each other
+        state_bytes += method.held_bytes()
         with full_precision():
             model = method.end_task(model, task, memory)
         leak = method.merge_leak or leak
@@ -186,9 +189,10 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         check_packing(model)
     for option, wanted in (("quantize", config.quantize), ("optimizer_state", config.optimizer_state == "8bit")):
         if wanted:
-            bits.check(option)
+            bits.check(option, model.device)
     if not done:
         method.check(model)  # no module matched: likewise
+        check_bits(config, method, model.config)
     if distributed.is_main():
         write_config(folder, config)
     if done:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import bits
+from . import distributed
 from .bits import bitsandbytes
 from .errors import ConfigError
 from .fake import is_fake
@@ -80,45 +81,59 @@ class _Frozen(torch.autograd.Function):
 
 @contextlib.contextmanager
 def quantised(model: nn.Module, kind: str | None, folder: Path) -> Iterator[None]:
-    """While this is open, what `stand_ins` finds to be frozen is quantised, the whole weights in files under `folder`. kind: 4bit, 8bit, None (nothing is done).
+    """While this is open, the `frozen` layers are quantised, their whole weights in files of this process under `folder`. kind: 4bit, 8bit, None (nothing is done).
 
-    Raises ConfigError where no layer is frozen, or bitsandbytes is not there.
+    Raises ConfigError where no layer is frozen. A layer that fails to be put aside, or to come back, does not keep the others from coming back.
     """
     if kind is None:
         yield
         return
-    bits.check("quantize")
-    whole, places = folder / "whole", []
+    layers, whole = frozen(model), folder / f"whole-{distributed.rank()}"
     shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed
     whole.mkdir(parents=True)
+    aside: list[tuple[nn.Module, QuantisedLinear, torch.device, Path]] = []
     try:
-        from safetensors.torch import load_file, save_file
-
-        for layer, stand_in in stand_ins(model, kind):
-            save_file({"weight": layer.weight.detach().contiguous()}, whole / f"{len(places)}.safetensors")
-            places.append((layer, stand_in, layer.weight.device))
+        for i, layer in enumerate(layers):
+            save_file({"weight": layer.weight.detach().contiguous()}, whole / f"{i}.safetensors")
+            stand_in = QuantisedLinear(layer, kind)
+            replace(model, layer, stand_in)
+            aside.append((layer, stand_in, layer.weight.device, whole / f"{i}.safetensors"))
             layer.weight.data = layer.weight.new_empty(0)
         yield
     finally:
-        for i, (layer, stand_in, device) in enumerate(places):
-            layer.weight.data = load_file(whole / f"{i}.safetensors")["weight"].to(device, copy=True)  # at an address of its own
-            replace(model, stand_in, layer)
+        errors = []
+        for layer, stand_in, device, file in aside:
+            try:
+                if not layer.weight.numel():
+                    layer.weight.data = load_file(file)["weight"].to(device, copy=True)  # at an address of its own
+                replace(model, stand_in, layer)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise OSError(
+                f"quantize: {len(errors)} of {len(aside)} whole weights cannot be read back from {whole}; the model is not whole"
+            ) from errors[0]
         shutil.rmtree(whole)
 
 
-def stand_ins(model: nn.Module, kind: str) -> Iterator[tuple[nn.Module, QuantisedLinear]]:
-    """Put a QuantisedLinear in the place of each linear layer but the head of which nothing learns; adapters stay on it. Gives the layer and what stands there now."""
+def frozen(model: nn.Module) -> list[nn.Module]:
+    """The linear layers but the head of which nothing learns; adapters stand on them. Raises ConfigError where there are none."""
     tied = tied_weights(model)
-    frozen = {
+    found = {
         id(layer): layer
         for layer in linear_modules(model).values()
         if type(layer).forward in plain_forwards() and id(layer.weight) not in tied and not any(p.requires_grad for p in layer.parameters())
     }
-    if not frozen:
+    if not found:
         raise ConfigError(
             "quantize: every linear layer learns, and what learns is kept whole; take it out, or train beside frozen weights (lora, inclora, osft with form: adapter)"
         )
-    for layer in frozen.values():
+    return list(found.values())
+
+
+def stand_ins(model: nn.Module, kind: str) -> Iterator[tuple[nn.Module, QuantisedLinear]]:
+    """Put a QuantisedLinear in the place of each frozen layer, for good. Gives the layer, and what stands there now."""
+    for layer in frozen(model):
         stand_in = QuantisedLinear(layer, kind)
         replace(model, layer, stand_in)
         yield layer, stand_in

@@ -105,6 +105,7 @@ class TrainResult:
     start: dict[Tensor, Tensor]  # each constrained weight as it was
     steps: list[dict[str, Any]]  # loss, learning_rate, update_leak a step; captured and captured_of_best where directions were chosen
     autocast: bool
+    whole: contextlib.ExitStack  # to be closed when the optimizer has gone: quantised weights come back
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's tensors, each storage once, with the bases of its constraints where it has some."""
@@ -120,11 +121,13 @@ def train_task(
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
     with contextlib.ExitStack() as stack:
+        whole = stack.enter_context(contextlib.ExitStack())
         every = checkpoints.every if checkpoints else None
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
         optimizer = prepare(model, method, args, seed, precision, optimizer_state)
-        stack.enter_context(quantised(model, quantize, Path(scratch if checkpoints is None else checkpoints.folder)))
+        whole.callback(unfreeze, model)
+        whole.enter_context(quantised(model, quantize, Path(scratch if checkpoints is None else checkpoints.folder)))
         start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
         if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):
@@ -151,15 +154,19 @@ def train_task(
             # would be trained without one
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model.__dict__.pop("_is_accelerate_prepared", None)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
-        raise Diverged(
-            f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}"
-        )
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last update came after the last loss
+            raise Diverged(
+                f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}"
+            )
+        unfreeze(model)
+        return TrainResult(optimizer, start, log, bool(args.bf16), whole.pop_all())
+
+
+def unfreeze(model: nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(True)
-    return TrainResult(optimizer, start, log, bool(args.bf16))
 
 
 def prepare(model: nn.Module, method: Method, args, seed: int, precision: str, optimizer_state: str = "fp32") -> torch.optim.Optimizer:
@@ -173,10 +180,7 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str, o
     method.micro_batches = args.gradient_accumulation_steps
     optimizer = method.optimizer(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                                  weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm, precision=precision, optimizer_state=optimizer_state, seed=seed)  # fmt: skip
-    if optimizer_state != "fp32" and not isinstance(optimizer, SubspaceAdamW):
-        raise ConfigError(
-            f"optimizer_state: {optimizer_state} is SubspaceAdamW's, and method {method.name} trains by {type(optimizer).__name__}; take it out"
-        )
+    check_state(optimizer, optimizer_state, method)
     if hasattr(method, "max_grad_norm"):
         method.max_grad_norm = args.max_grad_norm
     if isinstance(optimizer, SubspaceAdamW):
@@ -184,6 +188,14 @@ def prepare(model: nn.Module, method: Method, args, seed: int, precision: str, o
         optimizer.track_captured = True
         args.max_grad_norm = 0.0  # the Trainer clips before the projection; this optimizer does after it
     return optimizer
+
+
+def check_state(optimizer: torch.optim.Optimizer, optimizer_state: str, method: Method) -> None:
+    """Raises ConfigError where the optimizer would not know of `optimizer_state`."""
+    if optimizer_state != "fp32" and not isinstance(optimizer, SubspaceAdamW):
+        raise ConfigError(
+            f"optimizer_state: {optimizer_state} is SubspaceAdamW's, and method {method.name} trains by {type(optimizer).__name__}; take it out"
+        )
 
 
 def make_trainer(

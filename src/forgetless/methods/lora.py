@@ -38,7 +38,7 @@ class LoRA(Method):
         return model
 
     def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
-        self.attach(model)
+        model = LoRA.begin_task(self, model, task, memory)  # not all weights are in the checkpoint: quantised ones are those of the last commit
         self.load_state_dict(state)
         return model
 

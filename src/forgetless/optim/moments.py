@@ -29,7 +29,12 @@ def write(state: dict[str, Any], moments: tuple[Tensor, Tensor], kind: str) -> N
     """Keep both for the next step."""
     for name, M in zip(NAMES, moments, strict=True):
         if is_small(M, kind):
-            codes, found = bitsandbytes().quantize_blockwise(M.reshape(-1), code=_code(name == "exp_avg", M.device), blocksize=BLOCK)
+            code, flat = _code(name == "exp_avg", M.device), M.reshape(-1)
+            codes, found = bitsandbytes().quantize_blockwise(flat, code=code, blocksize=BLOCK)
+            zero = int(code.abs().argmin())
+            if name == "exp_avg_sq":  # a second moment that became 0 beside a first that did not would make a step of a thousand rates
+                codes.clamp_(min=zero + 1)
+            codes.masked_fill_(flat == 0, zero)  # bitsandbytes' CPU kernel makes a small number of 0, and what has no gradient would move
             state[name], state[f"{name}_scale"] = codes.reshape(M.shape), found.absmax
         else:
             state[name] = M

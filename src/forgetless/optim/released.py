@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..models import plain_forwards
 from ..products import product
+from ..subspace import working_dtype
 
 if TYPE_CHECKING:
     from .subspace_adamw import SubspaceAdamW
@@ -73,11 +74,12 @@ class ReleasedForward:
         (P, Q), constraint = self.group["directions"], self.group["constraint"]
         closed = None if constraint is None else constraint.outputs if P is None else constraint.inputs if Q is None else None
         # where a side stays whole, what is closed there is taken off R; off the fewer rows of dY, or X, where these are fewer than R's columns
-        few = closed is not None and len(X) < min(B.shape[1] for B in (P, Q) if B is not None)
+        exact = torch.promote_types(dY.dtype, X.dtype) == working_dtype(self.layer.weight.dtype)  # in bf16 a projection is no good
+        few = exact and closed is not None and len(X) < min(B.shape[1] for B in (P, Q) if B is not None)
         if few and P is None:
-            dY = dY - product(product(dY, closed.to(dY.dtype)), closed.mT.to(dY.dtype))
+            dY = dY - product(product(dY, closed), closed.mT)
         elif few:
-            X = X - product(product(X, closed.to(X.dtype)), closed.mT.to(X.dtype))
+            X = X - product(product(X, closed), closed.mT)
         optimizer.receive(self.group, self.layer.weight, read(dY, X, P, Q), permitted=few)
 
 
