@@ -221,6 +221,22 @@ def test_what_cannot_work_is_refused_before_anything_is_scored(small_run, forget
     assert status == 0 and sizes["weights_while_a_task_trains"] < 0.5 * sizes["weights"]
 
 
+def test_a_task_trained_without_a_run_has_its_weights_back_when_it_says_so(small_run, tmp_path):
+    from forgetless.progress import Progress
+    from forgetless.tasks import load_stream
+
+    config = small_run("lora", tasks=("colour",))
+    model, tokenizer = models.load(config["model"])
+    method, before = get("lora"), copy.deepcopy(model.state_dict())
+    model, task = method.begin_task(model, None, Memory()), load_stream(load_config(config)).tasks[0]
+    trained = trainer.train_task(model, tokenizer, task, method, task.train, config["train"], 0, Progress(), quantize="4bit")
+    assert any(isinstance(m, QuantisedLinear) for m in model.modules())
+    trained.whole.close()
+    assert all(p.requires_grad for p in model.parameters())
+    after = {key.replace(".base_layer", ""): t for key, t in model.state_dict().items() if "lora" not in key}
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
 def test_some_layers_may_learn_whole_beside_quantised_ones(small_run):
     result = fl.run(small_run({"name": "gorp", "full_modules": r".*\.gate_proj"}, tasks=("colour",), quantize="8bit"))
     start, end = models.load(small_run()["model"])[0].state_dict(), load_file(result.path / "model" / "model.safetensors")

@@ -80,14 +80,11 @@ class _Frozen(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def quantised(model: nn.Module, kind: str | None, folder: Path) -> Iterator[None]:
-    """While this is open, the `frozen` layers are quantised, their whole weights in files of this process under `folder`. kind: 4bit, 8bit, None (nothing is done).
+def quantised(model: nn.Module, kind: str, folder: Path) -> Iterator[None]:
+    """While this is open, the `frozen` layers are quantised, their whole weights in files of this process under `folder`. kind: 4bit or 8bit.
 
     Raises ConfigError where no layer is frozen. A layer that fails to be put aside, or to come back, does not keep the others from coming back.
     """
-    if kind is None:
-        yield
-        return
     layers, whole = frozen(model), folder / f"whole-{distributed.rank()}"
     shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed
     whole.mkdir(parents=True)

@@ -126,8 +126,10 @@ def train_task(
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
         optimizer = prepare(model, method, args, seed, precision, optimizer_state)
-        whole.callback(unfreeze, model)
-        whole.enter_context(quantised(model, quantize, Path(scratch if checkpoints is None else checkpoints.folder)))
+        if quantize:
+            whole.callback(unfreeze, model)
+            aside = checkpoints.folder if checkpoints else whole.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
+            whole.enter_context(quantised(model, quantize, Path(aside)))
         start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
         if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):

@@ -29,9 +29,8 @@ def write(state: dict[str, Any], moments: tuple[Tensor, Tensor], kind: str) -> N
     """Keep both for the next step."""
     for name, M in zip(NAMES, moments, strict=True):
         if is_small(M, kind):
-            code, flat = _code(name == "exp_avg", M.device), M.reshape(-1)
+            (code, zero), flat = _code(name == "exp_avg", M.device), M.reshape(-1)
             codes, found = bitsandbytes().quantize_blockwise(flat, code=code, blocksize=BLOCK)
-            zero = int(code.abs().argmin())
             if name == "exp_avg_sq":  # a second moment that became 0 beside a first that did not would make a step of a thousand rates
                 codes.clamp_(min=zero + 1)
             codes.masked_fill_(flat == 0, zero)  # bitsandbytes' CPU kernel makes a small number of 0, and what has no gradient would move
@@ -55,11 +54,12 @@ def _read(state: dict[str, Any], name: str) -> Tensor:
     M, scale = state[name], state.get(f"{name}_scale")
     if scale is None:
         return M
-    code = _code(name == "exp_avg", M.device)
+    code, _ = _code(name == "exp_avg", M.device)
     return bitsandbytes().dequantize_blockwise(M.reshape(-1), absmax=scale, code=code, blocksize=BLOCK).reshape(M.shape)
 
 
 @cache
-def _code(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of the dynamic code, in [-1, 1] or [0, 1]."""
-    return bitsandbytes().create_dynamic_map(signed=signed).to(device)
+def _code(signed: bool, device: torch.device) -> tuple[Tensor, int]:
+    """The 256 values of the dynamic code, in [-1, 1] or [0, 1], and which of them is 0."""
+    code = bitsandbytes().create_dynamic_map(signed=signed)
+    return code.to(device), int(code.abs().argmin())
