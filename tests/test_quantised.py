@@ -94,8 +94,7 @@ def test_all_frozen_layers_are_whole_again_even_after_an_error(kind, tmp_path):
     assert torch.equal(model(**batch).logits, whole)
 
 
-@pytest.mark.parametrize("method", BESIDE)
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("method, kind", [("lora", "8bit"), *((method, "4bit") for method in BESIDE if method != "lora")])
 def test_a_run_trains_beside_quantised_weights_and_commits_whole_ones(method, kind, small_run, tmp_path, monkeypatch):
     config, seen, real = small_run(BESIDE[method], tasks=("colour", "animal")), [], trainer.answer_loss
 
@@ -119,7 +118,7 @@ def test_a_run_trains_beside_quantised_weights_and_commits_whole_ones(method, ki
             assert kept["weight_leak"] <= kept["weight_leak_bound"]
 
 
-@pytest.mark.parametrize("method", BESIDE)
+@pytest.mark.parametrize("method", ["lora", "gorp", "osft"])
 def test_no_rounding_is_committed(method, small_run):
     config = small_run(BESIDE[method], tasks=("colour", "animal"), quantize="4bit")
     config["train"]["learning_rate"] = 1e-10  # nothing is learned, so all that could move a weight is its quantisation
@@ -129,7 +128,7 @@ def test_no_rounding_is_committed(method, small_run):
         assert float((W - start[name]).norm()) <= 1e-6 * float(start[name].norm()), name
 
 
-@pytest.mark.parametrize("method", BESIDE)
+@pytest.mark.parametrize("method", ["lora", "gorp", "osft"])
 def test_a_killed_task_goes_on_to_the_same_commit(method, small_run, tmp_path, monkeypatch):
     config = small_run(BESIDE[method], tasks=("colour", "animal"), quantize="4bit", checkpoint_every=2)
     whole = fl.run(config | {"output_dir": str(tmp_path / "whole")})

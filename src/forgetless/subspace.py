@@ -209,7 +209,8 @@ def extend(
     """
     V = space.basis
     if total is None:
-        total = float(A.diagonal().double().sum() if gram else (A.double() ** 2).sum())
+        total = A.diagonal().double().sum() if gram else (A.double() ** 2).sum()
+    total = float(total)
     if total <= 0:
         return space, 0
     inside = (V * (A @ V)).double().sum(0).clamp_min(0) if gram else ((A @ V).double() ** 2).sum(0)  # (k,)

@@ -28,18 +28,21 @@ class LoRA(Method):
         lora_layers(model, self.options.lora_modules)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
-        self.attach(model)
-        if memory.tensors:  # the adapter goes on where it was; the weights have it merged in
-            with torch.no_grad():
-                for name, layer in adapters(model).items():
-                    for factor, letter in zip(factors(layer), "AB", strict=True):
-                        factor.copy_(memory.tensors[f"base_model.model.{name}.lora_{letter}.weight"])
-                    add_delta(layer, -1.0)
-        return model
+        return self.go_on(model, memory)
 
     def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
-        model = LoRA.begin_task(self, model, task, memory)  # not all weights are in the checkpoint: quantised ones are those of the last commit
+        self.go_on(model, memory)  # weights that are quantised while a task trains are not in its checkpoint
         self.load_state_dict(state)
+        return model
+
+    @torch.no_grad()
+    def go_on(self, model: nn.Module, memory: Memory) -> nn.Module:
+        """The adapter of the last commit, or a new one; what of it the weights have merged in is taken out."""
+        self.attach(model)
+        for name, layer in adapters(model).items() if memory.tensors else ():
+            for factor, letter in zip(factors(layer), "AB", strict=True):
+                factor.copy_(memory.tensors[f"base_model.model.{name}.lora_{letter}.weight"])
+            add_delta(layer, -1.0)
         return model
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
