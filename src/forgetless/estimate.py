@@ -283,7 +283,7 @@ def check_bits(config: RunConfig, method: Method, shape: Any) -> None:
         plan_blocks(config, method, args, Rows("", None, 0.0, 2, 1, 0), 0.0, False, shape, run=False)
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a method or a model that has to look at numbers, each its own kind
         log.debug("%s cannot be planned: %s", method.name, error)
 
 

@@ -104,7 +104,7 @@ def quantised(model: nn.Module, kind: str, folder: Path) -> Iterator[None]:
                 if not layer.weight.numel():
                     layer.weight.data = load_file(file)["weight"].to(device, copy=True)  # at an address of its own
                 replace(model, stand_in, layer)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the other layers still come back; said below
                 errors.append(error)
         if errors:
             raise OSError(
