@@ -71,7 +71,14 @@ def test_help_names_every_command(forgetless_):
 
 def test_methods(forgetless_):
     status, out, _ = forgetless_("methods")
-    assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in REGISTRY) and "energy: 0.95" in out
+    assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in REGISTRY) and "gradient low-rank projection" in out
+
+
+def test_methods_name_says_what_the_file_says_and_what_each_option_does(forgetless_):
+    status, out, _ = forgetless_("methods", "gorp")
+    assert status == 0 and "When not to use it" in out and "energy: 0.95\n      Share of a task's gradient energy" in out
+    status, _, err = forgetless_("methods", "gropp")
+    assert status == 2 and "did you mean 'gorp'" in err
 
 
 def test_methods_json(forgetless_):

@@ -10,23 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .tasks import Task
+from .tasks import Example, Task
 
 IGNORED = -100  # cross_entropy's ignore_index
 NO_PACKING = "packing: an encoder-decoder model reads prompts and answers apart and cannot take several rows as one; take it out"
 
 
+Encodable = Example | dict[str, list[int]]  # a row of the task at hand, or any row that is encoded already: {"input_ids", "labels"}
+
+
 class Encoded(torch.utils.data.Dataset):
     """Rows tokenised when they are asked for: 40 steps of 8 need not read 5,000."""
 
-    def __init__(self, task: Task, tokenizer, rows: list):
+    def __init__(self, task: Task, tokenizer, rows: list[Encodable]):
         self.task, self.tokenizer, self.rows = task, tokenizer, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
-        return self.task.encode(self.tokenizer, self.rows[i])
+        row = self.rows[i]
+        return row if isinstance(row, dict) else self.task.encode(self.tokenizer, row)
 
 
 class Collate:
@@ -149,23 +153,32 @@ def read(model: nn.Module, prompts: list[Readable], advance: Any = None) -> None
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:
     """Mean cross-entropy of the answer tokens: sum over them / num_items (all answer tokens of the optimizer step), or / their own number.
 
+    outputs is the model's own.
+    """
+    logits, target, outputs = answer_logits(model, batch)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return loss / (num_items if num_items is not None else (batch["labels"] != IGNORED).sum()), outputs
+
+
+def answer_logits(model: nn.Module, batch: dict[str, Tensor], outputs: Any = None) -> tuple[Tensor, Tensor, Any]:
+    """(logits (B, T, vocab) where the answers are, the tokens they foretell (B, T), IGNORED where there is none, the model's output).
+
     A decoder-only row is padded on the left, so answers end together and the head runs over the last few positions only; of packed rows over those before a
-    token of an answer.
+    token of an answer. outputs: what the model gave for this batch here before, so that it need not be asked again.
     """
     labels = batch["labels"]  # (B, L)
     if is_seq2seq(model):
-        outputs = forward(model, batch)
+        outputs = forward(model, batch) if outputs is None else outputs
         logits, target = outputs.logits, labels
     elif "attention_mask" not in batch:  # packed
         learned = (labels[0] != IGNORED).nonzero()[:, 0]
-        outputs = forward(model, batch, logits_to_keep=learned - 1)
+        outputs = forward(model, batch, logits_to_keep=learned - 1) if outputs is None else outputs
         logits, target = outputs.logits, labels[:, learned]
         logits = logits if logits.shape[1] == len(learned) else logits[:, learned - 1]
     else:
         seen = (labels != IGNORED).any(0)  # an answer may have gaps: earlier turns of a conversation
         answer = labels.shape[1] - int(seen.to(torch.int8).argmax())  # position t predicts token t + 1
-        outputs = forward(model, batch, logits_to_keep=answer + 1)
+        outputs = forward(model, batch, logits_to_keep=answer + 1) if outputs is None else outputs
         logits, target = outputs.logits[:, -answer - 1 : -1], labels[:, -answer:]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=IGNORED, reduction="sum")
-    return loss / (num_items if num_items is not None else (labels != IGNORED).sum()), outputs
+    return logits, target, outputs

@@ -74,26 +74,22 @@ def run(
 
 @app.command()
 def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="A list of objects with name, summary, paper, constrained, options.")] = False,
+    name: Annotated[str | None, typer.Argument(help="One method: what it does, when not to use it, its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects with name, summary, paper, constrained, options and more.")] = False,
 ) -> None:
-    """List the methods and their options.
+    """List the methods and what each needs; with NAME, one method and its options.
 
-    Example: forgetless methods --json
+    Example: forgetless methods gorp
     """
-    from .methods import REGISTRY, get_class
+    from .methods import catalogue
 
-    rows = []
-    for name in REGISTRY:
-        cls = get_class(name)
-        options = {key: {"default": f.default, "type": str(f.annotation).replace("typing.", "")} for key, f in cls.Options.model_fields.items()}
-        rows.append({"name": name, "summary": cls.summary, "paper": cls.paper, "kind": cls.kind, "constrained": cls.constrained, "options": options})
+    rows = catalogue.rows([name] if name else None)
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        print(f"{row['name']:<10}{row['summary']}{'  (' + row['paper'] + ')' if row['paper'] else ''}")
-        for key, option in row["options"].items():
-            print(f"{'':<12}{key}: {json.dumps(option['default'])}")
+    elif name:
+        print(catalogue.page(rows[0]))
+    else:
+        print(catalogue.listing(rows))
 
 
 @app.command()

@@ -186,6 +186,13 @@ class RunFolder:
         """Where the checkpoints of a task in progress lie."""
         return self.path / "tasks" / f".{index:02d}-{task}{TRAINING}"
 
+    def model_of(self, task: str) -> Path:
+        """The model that was committed with a task. Raises DataError where `keep` has let it go."""
+        for name in self.committed():
+            if name.partition("-")[2] == task and (model := self.path / "tasks" / name / "model").is_dir():
+                return model
+        raise DataError(f"{self.path}: the model of task '{task}' is not there; `keep: all` keeps every task's")
+
     def memory(self, name: str) -> Memory:
         return load_memory(self.path / "tasks" / name / "state")
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from .progress import Progress
 from .protect import encode, fingerprint, read_prompts
 from .record import (
     check_same_run,
+    check_store,
     checkpoint_key,
     config_sha256,
     cover,
@@ -73,6 +75,7 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     config, progress = load_config(config, overrides), progress or Progress()
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
+    check_store(config, method)
     stream = load_stream(config)
     for warning in stream.warnings(config.evaluate.split):
         progress.say(f"warning: {warning}")
@@ -104,8 +107,9 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         rows = method.train_data(task, memory)
+        train = method.settings(config.train, index)
         options = (config.precision, config.packing, config.quantize, config.optimizer_state)
-        trained = train_task(model, tokenizer, task, method, rows, config.train, seed, progress, checkpoints, *options)
+        trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options)
         with trained.whole:  # what is quantised is whole again, once moments and copies have made room for it
             leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
             state_bytes = trained.state_bytes()
@@ -118,7 +122,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         trained_at = time.perf_counter()
 
         # evaluate: one row of the matrix, and what has become of the inputs of earlier tasks
-        row = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else index + 1, config, trained.autocast, progress)
+        seen = len(stream) if config.evaluate.unseen else index + 1
+        row = evaluate(model, tokenizer, stream, seen, config, trained.autocast, progress, method, memory)
         if distributed.world_size() > 1 and distributed.differ(model_sha256(model)):
             raise ForgetlessError(f"task '{task.name}': the processes hold different models after training; nothing was committed")
         if not distributed.is_main():
@@ -178,11 +183,13 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     """(model, tokenizer, memory) where the run stands: after the last committed task, or at the pretrained model."""
     prompts = read_prompts(config.protect_from) if config.protect_from and not done else []  # later it is in the method's memory
     source = str(folder.path / "tasks" / done[-1] / "model") if done else config.model
-    model, tokenizer = models.load(source, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
+    load = partial(models.load, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
+    model, tokenizer = load(source)
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
-    method.tokenizer, method.progress = tokenizer, progress
+    method.tokenizer, method.progress, method.stream = tokenizer, progress, stream
+    method.untouched, method.committed = lambda: load(config.model)[0], folder.model_of
     for task in (*stream, *stream.watch):
         task.check(tokenizer, models.positions(model))
     if config.packing:

@@ -93,6 +93,27 @@ def input_spaces(
     known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
     weakest are given up, of the known ones too.
     """
+    sums, same = input_sums(model, layers, prompts, normalise=True, advance=advance)
+    spaces, evicted = {}, 0
+    for name in list(sums):
+        A, gram = sums.pop(name).of  # let go one after another
+        space = (known or {}).get(name) or Subspace.empty(A.shape[1])
+        bound = max_rank if max_share is None else int(max_share * A.shape[1])
+        space, lost = extend(space.to(A), A, energy, max_rank=bound, gram=gram)
+        spaces[name], evicted = space.to("cpu"), evicted + lost
+    if evicted:
+        log.warning("input spaces are bounded (max_rank or max_share): %d directions of least energy were given up and are not protected", evicted)
+    return spaces | {name: Subspace(spaces[other].basis.clone(), spaces[other].energy.clone()) for name, other in same.items()}
+
+
+@torch.inference_mode()
+def input_sums(
+    model: nn.Module, layers: dict[str, nn.Module], prompts: list[Readable], normalise: bool = False, advance=None
+) -> tuple[dict[str, Sum], dict[str, str]]:
+    """({layer name: its inputs summed up as X^T X}, {layer: another that reads the same inputs, and has them}) on `prompts`, or rows.
+
+    normalise: each input vector brought to length 1. advance(done) is called after each prompt.
+    """
     seen: dict[str, Sum] = {}
     same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
     last: list[Any] = [None, ""]
@@ -105,7 +126,9 @@ def input_spaces(
             last[:] = args[0], name
             X = args[0].detach().reshape(-1, args[0].shape[-1])
             X = X.to(working_dtype(X.dtype))
-            seen.setdefault(name, Sum(X)).add(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny))
+            if normalise:
+                X = X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+            seen.setdefault(name, Sum(X)).add(X)
 
         return see
 
@@ -115,13 +138,4 @@ def input_spaces(
     finally:
         for handle in handles:
             handle.remove()
-    spaces, evicted = {}, 0
-    for name in list(seen):
-        A, gram = seen.pop(name).of  # let go one after another
-        space = (known or {}).get(name) or Subspace.empty(A.shape[1])
-        bound = max_rank if max_share is None else int(max_share * A.shape[1])
-        space, lost = extend(space.to(A), A, energy, max_rank=bound, gram=gram)
-        spaces[name], evicted = space.to("cpu"), evicted + lost
-    if evicted:
-        log.warning("input spaces are bounded (max_rank or max_share): %d directions of least energy were given up and are not protected", evicted)
-    return spaces | {name: Subspace(spaces[other].basis.clone(), spaces[other].energy.clone()) for name, other in same.items()}
+    return seen, same

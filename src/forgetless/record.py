@@ -41,9 +41,15 @@ class Row:
         return ", ".join(f"{name} {a:.2f}" for name, a in zip(self.n, measured, strict=False))
 
 
-def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig, autocast: bool, progress: Progress) -> Row:
-    """Score the first `tasks` tasks of the stream and every watch set, the same seeded rows every time; several processes share the rows."""
-    e, scorers = config.evaluate, config.scorers
+def evaluate(
+    model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig, autocast: bool, progress: Progress,
+    method: Method | None = None, memory: Memory | None = None,
+) -> Row:  # fmt: skip
+    """Score the first `tasks` tasks of the stream and every watch set, the same seeded rows every time; several processes share the rows.
+
+    method: which model answers which row, as its `answering` says from its memory; None: `model` all.
+    """
+    e, scorers, answering = config.evaluate, config.scorers, (method or Method()).answering
     row = Row({name: [None] * len(stream) for name in scorers})
     scored = [*stream.tasks[:tasks], *stream.watch]
     chosen = [sample(task.split(e.split), e.limit, config.seed) for task in scored]
@@ -51,12 +57,16 @@ def evaluate(model, tokenizer, stream: TaskStream, tasks: int, config: RunConfig
     progress.stage(f"{stream[tasks - 1].name if tasks else 'before'}: scoring {' and '.join(counted)}", sum(map(len, chosen)))
     for j, (task, rows) in enumerate(zip(scored, chosen, strict=True)):
         before = len(row.predictions)
-        mine = distributed.shared(range(len(rows)))
-        predictions = score_rows(
-            model, tokenizer, task, [rows[i] for i in mine], scorers, batch_size=e.batch_size, autocast=autocast,
-            advance=lambda k, before=before: progress.advance(before + k * distributed.world_size()), of=rows,
-        )  # fmt: skip
-        predictions = [p for _, p in sorted(distributed.gathered(list(zip(mine, predictions, strict=True))), key=lambda pair: pair[0])]
+        mine, found = distributed.shared(range(len(rows))), []
+        for places, answerer in answering(model, task, [rows[i] for i in mine], memory):
+            chosen_rows, done = [mine[k] for k in places], before + len(found) * distributed.world_size()
+            with answerer as speaker:
+                predictions = score_rows(
+                    speaker, tokenizer, task, [rows[i] for i in chosen_rows], scorers, batch_size=e.batch_size, autocast=autocast,
+                    advance=lambda k, done=done: progress.advance(done + k * distributed.world_size()), of=rows,
+                )  # fmt: skip
+            found += zip(chosen_rows, predictions, strict=True)
+        predictions = [p for _, p in sorted(distributed.gathered(found), key=lambda pair: pair[0])]
         values = {name: [p.score(name) for p in predictions] for name in scorers}
         means = {name: None if None in v else sum(v) / len(v) for name, v in values.items()}
         row.n[task.name] = len(rows)
@@ -209,6 +219,15 @@ def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for k in {**a, **b} for d in differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
     return [] if a == b else [(key, a, b)]
+
+
+def check_store(config: RunConfig, method: Method) -> None:
+    """Raises ConfigError where the method has to keep more of the data than `store` allows."""
+    allowed = ("nothing", "prompts", "rows")
+    if allowed.index(method.stores) > allowed.index(config.store):
+        raise ConfigError(
+            f"store: {config.store} forbids what method {method.name} keeps of each task: {method.stores}; allow it, or choose another method"
+        )
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:

@@ -240,6 +240,8 @@ def make_trainer(
         micro_losses: list[float] = []
 
         def _get_train_sampler(self, *given):
+            if (own := method.sampler(data.rows, args.seed)) is not None:
+                return own
             sampler = super()._get_train_sampler(*given)
             return ByLength(sampler.batch_size, lengths=sampler.lengths) if isinstance(sampler, LengthGroupedSampler) else sampler
 

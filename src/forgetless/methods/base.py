@@ -1,12 +1,15 @@
 """What a method is: the hooks the loop calls, each a no-op by default. One method, one file, one line in the registry.
 
 The order of calls for one task:
-    check -> begin_task -> train_data -> param_groups -> optimizer -> [extra_loss, on_step] * steps -> end_task -> (the loop evaluates and commits model and memory)
+    check -> begin_task -> train_data -> settings -> param_groups -> optimizer -> sampler -> [extra_loss, on_step] * steps -> end_task
+    -> answering (the loop evaluates; then it commits model and memory)
 A task that goes on from a checkpoint has resume_task in place of begin_task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,8 @@ from ..progress import Progress
 from ..subspace import Subspace
 
 if TYPE_CHECKING:
-    from ..tasks import Example, Task
+    from ..batches import Encodable
+    from ..tasks import Example, Task, TaskStream
 
 
 @dataclass
@@ -36,6 +40,15 @@ class Memory:
         names = [key.removesuffix(ending) for key in self.tensors if key.endswith(ending) and ("@" in key) == bool(kind)]
         return {name: Subspace(self.tensors[name + ending], self.tensors[name + ending.replace(".basis", ".energy")]) for name in names}
 
+    def of(self, owner: str) -> dict[str, Tensor]:
+        """The tensors that a method keeps under its own name, as `put` has put them there: for one that goes beside another and shares its memory."""
+        return {key.removeprefix(f"{owner}/"): tensor for key, tensor in self.tensors.items() if key.startswith(f"{owner}/")}
+
+    def put(self, owner: str, tensors: dict[str, Tensor]) -> None:
+        """These in place of all that `owner` kept."""
+        self.tensors = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(f"{owner}/")}
+        self.tensors |= {f"{owner}/{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
     def keep(self, spaces: dict[str, Subspace], kind: str = "") -> None:
         for name, space in spaces.items():
             place = f"{name}@{kind}" if kind else name
@@ -43,9 +56,9 @@ class Memory:
 
 
 class Options(BaseModel):
-    """Base of every method's options: unknown ones are errors."""
+    """Base of every method's options: unknown ones are errors; the docstring under a field is what `forgetless methods NAME` says of it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Method:
@@ -56,9 +69,20 @@ class Method:
     paper = ""
     kind = "plain"  # what it leaves: a plain model | an adapter | a routed set
     constrained = False  # does it promise that updates stay out of a protected space?
+    needs_old_data = False  # does it read rows of earlier tasks, from their files or from what it has kept?
+    stores = "nothing"  # of a task's data: nothing | prompts | rows. A run whose `store` allows less is refused
+    needs_task_id = False  # must it be told which task a row belongs to when it answers?
+    extra_forward = ""  # what it computes beside a plain training step and the end of a task, in a few words
+    bytes_a_task = (
+        "none"  # what its memory grows by with every task, in a few words; what it holds whatever the number of tasks comes after a semicolon
+    )
 
     Options: type[Options] = Options
     tokenizer: Any = None  # of the run, set by the loop before the first hook, for methods that read a task's rows themselves
+    stream: TaskStream | None = None  # likewise: all tasks of the run
+    untouched: Callable[[], nn.Module] | None = None  # likewise: loads the model as it was before the first task
+    committed: Callable[[str], Path] | None = None  # likewise: the folder of the model that was committed with a task, by the task's name
+    whole_gradients = False  # set where something beside this method reads p.grad or adds to it: no gradient may be let go within backward
     scratch: Path | None = (
         None  # likewise: a folder for what the task in progress would rather not compute again; gone with the commit, None where nothing is kept
     )
@@ -112,9 +136,17 @@ class Method:
 
         return SubspaceAdamW(groups, **settings)
 
-    def train_data(self, task: Task, memory: Memory) -> list[Example]:
-        """The rows to train on."""
+    def train_data(self, task: Task, memory: Memory) -> list[Encodable]:
+        """The rows to train on: the task's, and others that are encoded already, {"input_ids", "labels"}."""
         return task.train
+
+    def settings(self, train: dict[str, Any], index: int) -> dict[str, Any]:
+        """The config's section `train` for the index-th task of the stream, from 0."""
+        return train
+
+    def sampler(self, rows: list[Encodable], seed: int) -> torch.utils.data.Sampler[int] | None:
+        """The order in which a task's rows are trained on, where it matters; set_epoch(epoch) is called before each epoch. None: shuffled."""
+        return None
 
     def extra_loss(self, model: nn.Module, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
         """A term added to the loss of each micro-batch."""
@@ -134,6 +166,12 @@ class Method:
     def end_task(self, model: nn.Module, task: Task | None, memory: Memory) -> nn.Module:
         """Merge, extend spaces, update `memory` in place. Returns the model to evaluate and commit."""
         return model
+
+    def answering(
+        self, model: nn.Module, task: Task, rows: list[Example], memory: Memory
+    ) -> list[tuple[list[int], AbstractContextManager[nn.Module]]]:
+        """Which model answers which of `rows`, rows of `task`: (their places, a context that gives the model). For methods that choose at test time."""
+        return [(list(range(len(rows))), nullcontext(model))]
 
     def spaced(self, model: nn.Module) -> dict[str, int] | None:
         """For planning (`forgetless estimate`, on a model whose tensors have no data): module name -> dimension of the space that grows with the tasks, as

@@ -203,11 +203,13 @@ class GORP(Method):
     def check_processes(self) -> None:
         if self.options.release_gradients and distributed.world_size() > 1:
             raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
+        if self.options.release_gradients and self.whole_gradients:
+            raise ConfigError("method gorp: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
 
     @property
     def releases(self) -> bool:
         o = self.options
-        exact = o.may_release and distributed.world_size() == 1 and self.micro_batches == 1
+        exact = o.may_release and distributed.world_size() == 1 and self.micro_batches == 1 and not self.whole_gradients
         return exact if o.release_gradients is None else o.release_gradients
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

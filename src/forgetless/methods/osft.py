@@ -184,6 +184,8 @@ class OSFT(Method):
     def check_processes(self) -> None:
         if self.options.release_gradients and distributed.world_size() > 1:
             raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
+        if self.options.release_gradients and self.whole_gradients:
+            raise ConfigError("method osft: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         return self.build(model, memory)
@@ -362,7 +364,8 @@ class OSFT(Method):
     @property
     def releases(self) -> bool:
         o = self.options
-        return o.fixed_coordinates and (distributed.world_size() == 1 if o.release_gradients is None else o.release_gradients)
+        wise = distributed.world_size() == 1 and not self.whole_gradients
+        return o.fixed_coordinates and (wise if o.release_gradients is None else o.release_gradients)
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         from ..optim import SubspaceAdamW
