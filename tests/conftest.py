@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -9,10 +10,16 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import peft  # noqa: F401
 import pytest
 import torch
+import transformers.trainer  # noqa: F401
 
 torch.set_num_threads(1)
+
+# a run collects garbage after each task, and so does Accelerate: 0.3 s each among the objects of these imports, two thirds of a small run. Nothing of them is garbage
+gc.collect()
+gc.freeze()
 
 WORDS = "red green blue cat dog bird sits runs flies apple stone river happy sad calm Text Answer : yes no maybe good bad colour animal mood N / A".split()
 
