@@ -29,11 +29,11 @@ def main(model_folder: str, tasks: str, out: str, methods: str, batch: str) -> N
         method, memory, losses = get(**options), Memory(), []
         for i, entry in enumerate(json.loads(tasks)):
             torch.manual_seed(i)
-            model = method.begin_task(model, None, memory)
-            task = load_task(TaskConfig(**entry))
-            trained = train_task(model, tokenizer, task, method, task.train, train, i, Progress())
+            method.tokenizer, task = tokenizer, load_task(TaskConfig(**entry))
+            model = method.begin_task(model, task, memory)
+            trained = train_task(model, tokenizer, task, method, method.train_data(task, memory), train, i, Progress())
             losses += [s["loss"] for s in trained.steps]
-            model = method.end_task(model, None, memory)
+            model = method.end_task(model, task, memory)
         results[name] = {**model.state_dict(), **memory.tensors, "losses": torch.tensor(losses, dtype=torch.float64)}
     if distributed.is_main():
         torch.save(results, out)

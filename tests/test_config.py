@@ -181,3 +181,21 @@ def test_metric_is_a_scorer_only_where_one_is_named():
     assert (
         config.scorers == ["metric", "choice", "exact_match"] and config.watch[0].data == "y" and config.evaluate.scorers == ["choice", "exact_match"]
     )
+
+
+def test_the_key_on_is_not_yaml_s_true(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "model: m\ntasks: [{name: a, data: a.jsonl}]\nmethod: {name: replay, on: {name: ewc, on: {name: gorp, energy: 9e-1}}}\noutput_dir: out\n"
+    )
+    options = load_config(tmp_path / "c.yaml").method.options
+    assert options == {"on": {"name": "ewc", "on": {"name": "gorp", "energy": 0.9}}}
+
+
+def test_post_is_the_method_that_goes_beside(tmp_path):
+    base = {"model": "m", "tasks": [{"name": "a", "data": "a.jsonl"}], "output_dir": "out"}
+    method = load_config(base | {"method": {"name": "gorp", "rank": 8, "post": "lines"}}).method
+    assert (method.name, method.options) == ("lines", {"on": {"name": "gorp", "rank": 8}})
+    method = load_config(base | {"method": {"name": "gorp", "post": {"name": "merge", "rule": "ema"}}}).method
+    assert (method.name, method.options) == ("merge", {"rule": "ema", "on": {"name": "gorp"}})
+    with pytest.raises(ConfigError, match="post: one of lines, merge.*got 'replay'"):
+        load_config(base | {"method": {"name": "gorp", "post": "replay"}})

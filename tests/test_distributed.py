@@ -45,8 +45,13 @@ METHODS = {
     "gorp-branches": {"name": "gorp", "use_lora": True, "lora_dropout": 0.0, "energy": 0.5, "max_rank": 4},
     "lora": {"name": "lora", "lora_dropout": 0.0},
     "inclora": {"name": "inclora", "lora_dropout": 0.0},
+    "badam": {"name": "badam", "lora_dropout": 0.0},
+    "olora": {"name": "olora", "lora_dropout": 0.0, "l2": 0.001},
     "osft": {"name": "osft"},
     "osft-adapter": {"name": "osft", "form": "adapter"},
+    "migu": {"name": "migu"},
+    "ewc-lwf": {"name": "ewc", "on": {"name": "lwf"}},
+    "replay": {"name": "replay", "rate": 0.3, "buffer": 8},
 }
 
 

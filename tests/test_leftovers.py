@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import yaml
 from conftest import CHAT, make_model_folder
 
 import forgetless as fl
@@ -203,3 +204,16 @@ def test_what_is_loaded_lies_where_what_is_made_does(small_run):
     )
     loaded = [*load_memory(path / "state").tensors.values(), *models.load(str(path / "model"))[0].parameters()]
     assert {t.data_ptr() % 64 for t in loaded} == {0}
+
+
+def test_a_run_of_a_version_without_an_option_goes_on(small_run):
+    """What an older version wrote lacks the options that have come since: they count as their defaults, and nothing else may differ."""
+    config = small_run("seqft", tasks=("colour",))
+    path = fl.run(config).path / "run.yaml"
+    saved = yaml.safe_load(path.read_text())
+    assert saved["method"].pop("state") == "adam"
+    path.write_text(yaml.safe_dump(saved))
+    more = small_run("seqft", tasks=("colour", "animal"))
+    assert fl.run(more).resumed_at == 1
+    with pytest.raises(ConfigError, match=r"method\.state: adam, now method\.state: galore"):
+        fl.run(more | {"method": {"name": "seqft", "state": "galore"}})

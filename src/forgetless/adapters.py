@@ -5,6 +5,11 @@ A is (rank, in), B (out, rank). Between tasks a model is plain: every commit hol
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -120,3 +125,32 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         A, B = factors(layer)
         out[f"base_model.model.{name}.lora_A.weight"], out[f"base_model.model.{name}.lora_B.weight"] = (t.detach().cpu().clone() for t in (A, B))
     return out
+
+
+def adapter_config(model: nn.Module, options: LoraOptions) -> dict[str, Any]:
+    """What PEFT reads as adapter_config.json, beside the tensors of adapter_tensors()."""
+    found = adapters(model)
+    return {
+        "peft_type": "LORA", "r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout, "bias": "none",
+        "inference_mode": True, "target_modules": sorted(found), "fan_in_fan_out": any(layer.fan_in_fan_out for layer in found.values()),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def carrying(model: nn.Module, increments: dict[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
+    """The plain model with y += B A x at the layers named, {layer: (A (r, in), B (out, r))}, while this is open. Beside the weights, as while it was trained: in
+    bf16 the weights would swallow most of it, and what is not written need not be taken back."""
+    handles = []
+    try:
+        for name, (A, B) in increments.items():
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_hook(partial(_add_beside, A.to(layer.weight.device), B.to(layer.weight.device))))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_beside(A: Tensor, B: Tensor, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = args[0].to(A.dtype)
+    return (output + nn.functional.linear(nn.functional.linear(x, A), B)).to(output.dtype)

@@ -13,6 +13,9 @@ from .errors import ConfigError
 from .tasks import Example, Task
 
 IGNORED = -100  # cross_entropy's ignore_index
+LABELS_SEEN = (
+    "labels_seen"  # set to True on a model by who hooks its forward: the batch's labels come along under this name, for the hook to take out again
+)
 NO_PACKING = "packing: an encoder-decoder model reads prompts and answers apart and cannot take several rows as one; take it out"
 
 
@@ -120,10 +123,16 @@ def known(model: nn.Module, **arguments: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if takes(type(unwrapped(model)), key)}
 
 
-def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int | Tensor = 0) -> Any:
-    """The model's output for a batch of Collate; where the model can, logits of the last `logits_to_keep` positions only (0: of all), or of those listed."""
+def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int | Tensor = 0, weights: dict[str, Tensor] | None = None) -> Any:
+    """The model's output for a batch of Collate; where the model can, logits of the last `logits_to_keep` positions only (0: of all), or of those listed.
+
+    weights: by name, in the place of the model's own for this once.
+    """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    return model(**known(model, **inputs, logits_to_keep=logits_to_keep), use_cache=False)
+    arguments = known(model, **inputs, logits_to_keep=logits_to_keep) | {"use_cache": False}
+    if "labels" in batch and getattr(unwrapped(model), LABELS_SEEN, False):
+        arguments[LABELS_SEEN] = batch["labels"]
+    return model(**arguments) if weights is None else torch.func.functional_call(unwrapped(model), weights, kwargs=arguments)
 
 
 Readable = list[int] | dict[str, list[int]]  # a prompt's token ids, or an encoded row with its answer
@@ -161,24 +170,26 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | 
     return loss / (num_items if num_items is not None else (batch["labels"] != IGNORED).sum()), outputs
 
 
-def answer_logits(model: nn.Module, batch: dict[str, Tensor], outputs: Any = None) -> tuple[Tensor, Tensor, Any]:
+def answer_logits(
+    model: nn.Module, batch: dict[str, Tensor], outputs: Any = None, weights: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Any]:
     """(logits (B, T, vocab) where the answers are, the tokens they foretell (B, T), IGNORED where there is none, the model's output).
 
     A decoder-only row is padded on the left, so answers end together and the head runs over the last few positions only; of packed rows over those before a
-    token of an answer. outputs: what the model gave for this batch here before, so that it need not be asked again.
+    token of an answer. outputs: what the model gave for this batch here before, so that it need not be asked again. weights: as for forward().
     """
     labels = batch["labels"]  # (B, L)
     if is_seq2seq(model):
-        outputs = forward(model, batch) if outputs is None else outputs
+        outputs = forward(model, batch, weights=weights) if outputs is None else outputs
         logits, target = outputs.logits, labels
     elif "attention_mask" not in batch:  # packed
         learned = (labels[0] != IGNORED).nonzero()[:, 0]
-        outputs = forward(model, batch, logits_to_keep=learned - 1) if outputs is None else outputs
+        outputs = forward(model, batch, logits_to_keep=learned - 1, weights=weights) if outputs is None else outputs
         logits, target = outputs.logits, labels[:, learned]
         logits = logits if logits.shape[1] == len(learned) else logits[:, learned - 1]
     else:
         seen = (labels != IGNORED).any(0)  # an answer may have gaps: earlier turns of a conversation
         answer = labels.shape[1] - int(seen.to(torch.int8).argmax())  # position t predicts token t + 1
-        outputs = forward(model, batch, logits_to_keep=answer + 1) if outputs is None else outputs
+        outputs = forward(model, batch, logits_to_keep=answer + 1, weights=weights) if outputs is None else outputs
         logits, target = outputs.logits[:, -answer - 1 : -1], labels[:, -answer:]
     return logits, target, outputs

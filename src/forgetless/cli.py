@@ -221,6 +221,21 @@ def export_lora(
     print(json.dumps(found, indent=1)) if as_json else export.show(found, out)
 
 
+@app.command("export-routed")
+def export_routed(
+    run: Annotated[Path, typer.Argument(help="The folder of a run with method: routed.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write, which must not exist.")],
+) -> None:
+    """Write a routed run's base model, one LoRA adapter a task that PEFT loads, and the router.
+
+    Example: forgetless export-routed runs/routed --out set
+    """
+    quiet_libraries()
+    from . import routed
+
+    print(routed.export_routed(run, out))
+
+
 def quiet_libraries() -> None:
     """Their progress bars and advice would drown ours."""
     import logging

@@ -42,6 +42,7 @@ LEAST = {
 # what a row of each format has
 COLUMNS = {"classification": ("sentence", "label"), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 HUB = r"hub:([^:@]+)(?:@([^:]+))?" + r"(?::([^:\[]+(?:\[[^\]]*\])?))?" * 2  # name, revision, then [config and] split, which may be a slice
+POST = ("lines", "merge")  # methods that may be named as `post` of another: what they do comes after each task
 METRICS = ("choice", "exact_match", "rouge_l", "nll")
 FUNCTION = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"  # module:function
 
@@ -226,7 +227,15 @@ class RunConfig(_Model):
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        """A name alone; and {name: gorp, post: lines}, which is {name: lines, on: {name: gorp}}."""
+        value = {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or "post" not in value:
+            return value
+        inner = {key: option for key, option in value.items() if key != "post"}
+        post = {"name": value["post"]} if isinstance(value["post"], str) else value["post"]
+        if not isinstance(post, dict) or post.get("name") not in POST:
+            raise ValueError(f"post: one of {', '.join(POST)}, or {{name: {POST[0]}, ...}} with its options; got {value['post']!r}")
+        return post | {"on": inner}
 
     @field_validator("method")
     @classmethod
@@ -308,7 +317,7 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
     data = _copy(data)
     for override in overrides:
         _apply(data, override)
-    data.update({key: fix_floats(data[key]) for key in ("train", "method") if key in data})
+    data.update({key: fix_yaml(data[key]) for key in ("train", "method") if key in data})
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -380,12 +389,12 @@ def _explain(error: dict) -> str:
     return f"{key}: {message}" if key else message
 
 
-def fix_floats(value: Any) -> Any:
-    """1e-4 without a dot is text in YAML 1.1, a trap of every config ever written: read it as the number it is."""
+def fix_yaml(value: Any) -> Any:
+    """Two traps of YAML 1.1, read as what they are: 1e-4 without a dot is text there, and the key `on` is true."""
     if isinstance(value, dict):
-        return {k: fix_floats(v) for k, v in value.items()}
+        return {"on" if k is True else k: fix_yaml(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [fix_floats(v) for v in value]
+        return [fix_yaml(v) for v in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value

@@ -75,6 +75,16 @@ def mean(value: float, device: torch.device | str = "cpu") -> float:
     return float(box) / world_size()
 
 
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Each tensor becomes its sum over the processes, in place; the same in every process. Of one dtype, on one device."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))
+
+
 def differ(text: str) -> bool:
     """Do the processes disagree about `text`?"""
     return len(set(gathered([text]))) > 1

@@ -38,7 +38,6 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
     from . import models
     from .methods import get
     from .methods.base import Memory
-    from .optim import SubspaceAdamW
     from .optim.coordinates import protects
     from .quantised import frozen, quantised_bytes
     from .tasks import load_stream
@@ -74,6 +73,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
         for p in model.parameters():
             p.requires_grad_(p in learning)
         small = sum(quantised_bytes(layer.weight, config.quantize) - layer.weight.nbytes for layer in frozen(model))
+    optimizer = method.optimizer(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state)
     held, spaces = method.held_bytes(), method.spaced(model)  # an adapter's: only its constrained factors are copied
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
@@ -82,10 +82,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
             "weights": sum(p.nbytes for p in model.parameters()),
             **({"weights_while_a_task_trains": sum(p.nbytes for p in model.parameters()) + small} if config.quantize else {}),
             "gradients": sum(p.nbytes for g in groups for p in g["params"]),
-            "optimizer_state": SubspaceAdamW(
-                groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state
-            ).planned_bytes()
-            + method.held_bytes(),
+            "optimizer_state": (optimizer.planned_bytes() if hasattr(optimizer, "planned_bytes") else 8 * trained) + method.held_bytes(),
             "method_statistics_at_most": method.statistics_bytes(model),
             "copy_for_the_weight_leak": sum(p.nbytes for g in groups if protects(g) or (method.constrained if spaces is None else spaces) and not held for p in g["params"]),
             "adamw_state_same_tensors": 8 * trained,

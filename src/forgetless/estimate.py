@@ -264,8 +264,8 @@ def plan_blocks(
         step = Step(
             weights=weights - aside + codes, whole=weights if aside else 0, aside=aside, gradients=gradient_bytes(optimizer),
             activations=saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
-            optimizer_state=optimizer.planned_bytes() if ours else 8 * trained, moments_in_fp32=in_fp32, adapters=sum(p.nbytes for p in learning - set(base)),
-            method_bases=held, method_statistics=statistics, copy_for_the_weight_leak=sum(p.nbytes for p in guarded),
+            optimizer_state=optimizer.planned_bytes() if hasattr(optimizer, "planned_bytes") else 8 * trained, moments_in_fp32=in_fp32,
+            adapters=sum(p.nbytes for p in learning - set(base)), method_bases=held, method_statistics=statistics, copy_for_the_weight_leak=sum(p.nbytes for p in guarded),
             parameters=parameters, trained=trained, embedded=embeddings.numel(), vocabulary=embeddings.shape[0],
         )  # fmt: skip
         return step, sum(4 * n * int(closed * n) for n in spaces.values())

@@ -240,7 +240,11 @@ def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> No
     (folder / "method.json").write_text(json.dumps(memory.info, sort_keys=True))
     if "adapter_config" in memory.info:  # the same tensors under the name PEFT looks for
         (folder / "adapter_config.json").write_text(json.dumps(memory.info["adapter_config"], sort_keys=True))
-        os.link(folder / "method.safetensors", folder / "adapter_model.safetensors")
+        adapter = {k: v.contiguous() for k, v in memory.tensors.items() if k.startswith("base_model.model.")}
+        if len(adapter) == len(memory.tensors):
+            os.link(folder / "method.safetensors", folder / "adapter_model.safetensors")
+        else:  # what else a method keeps is not PEFT's to read
+            save_file(adapter, folder / "adapter_model.safetensors")
     if recorded:
         save_file(recorded, folder / "inputs.safetensors")
 

@@ -131,7 +131,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             continue
         recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
         coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
-        kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes)
+        kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
 
         # commit: after this line the task is learned, whatever happens
         entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": row.scores}

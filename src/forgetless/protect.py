@@ -86,14 +86,15 @@ def input_spaces(
     max_rank: int | None = None,
     max_share: float | None = None,
     known: dict[str, Subspace] | None = None,
+    normalise: bool = True,
     advance=None,
 ) -> dict[str, Subspace]:
-    """{layer name: space (in, k) that holds the share `energy` of its normalised inputs on `prompts`, or rows}. advance(done) is called after each prompt.
+    """{layer name: space (in, k) that holds the share `energy` of its inputs on `prompts`, or rows}. advance(done) is called after each prompt.
 
     known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
-    weakest are given up, of the known ones too.
+    weakest are given up, of the known ones too. normalise: each input vector is brought to length 1 first.
     """
-    sums, same = input_sums(model, layers, prompts, normalise=True, advance=advance)
+    sums, same = input_sums(model, layers, prompts, normalise=normalise, advance=advance)
     spaces, evicted = {}, 0
     for name in list(sums):
         A, gram = sums.pop(name).of  # let go one after another

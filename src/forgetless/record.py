@@ -19,6 +19,7 @@ from .evaluation.drift import measure_coverage
 from .evaluation.matrix import AccuracyMatrix, wilson
 from .evaluation.scorers import Prediction, failures, score_rows
 from .lineage import RunFolder, canonical, write_atomic
+from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
 from .tasks import Task, TaskStream, sample
@@ -86,14 +87,16 @@ def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict
     return {name: measure_coverage(model, r, spaces) for name, r in inputs.items() if r}
 
 
-def protection(steps: list[dict], leak: dict | None, space: dict | None, coverage: dict, state_bytes: int) -> dict[str, Any]:
-    """The leaks, the space, the coverage of one task and the mean share of gradient energy in its low-rank coordinates, in the names the report reads."""
+def protection(steps: list[dict], leak: dict | None, space: dict | None, coverage: dict, state_bytes: int, memory: Memory) -> dict[str, Any]:
+    """The leaks, the space, the coverage of one task, the mean share of gradient energy in its low-rank coordinates, in the names the report reads; and the bytes
+    that the optimizer held, and that the method keeps for the next task."""
     update_leaks = [s["update_leak"] for s in steps if s["update_leak"] is not None]
     # where a low-rank state's directions were chosen
     captured = {key: [s[key] for s in steps if key in s] for key in ("captured", "captured_of_best")}
     return {key: sum(shares) / len(shares) for key, shares in captured.items() if shares} | {
         "steps": len(steps), "update_leak": max(update_leaks, default=None), "weight_leak": leak and leak["leak"], "weight_leak_bound": leak and leak["bound"],
         "space": space, "coverage": coverage, "state_bytes": state_bytes,
+        "memory_bytes": sum(t.nbytes for t in memory.tensors.values()),
     }  # fmt: skip
 
 
@@ -193,6 +196,9 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
     if not done:
         return done
     old = load_config(folder.path / "run.yaml")
+    if old.method.name == config.method.name:  # an option that the run's version did not have was as its default is
+        known = type(get(old.method.name).options)(**old.method.options)
+        old.method = MethodConfig(name=old.method.name, **known.model_dump())
     for key, was, now in differences(comparable(old), comparable(config)):
         raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
     for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):

@@ -140,7 +140,8 @@ def train_task(
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
         trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints)
-        progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(len(data), args))
+        an_epoch = len(trainer._get_train_sampler() or data)  # a method's own order may be longer than the rows
+        progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(an_epoch, args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
                 trainer._load_from_checkpoint(str(checkpoints.path))

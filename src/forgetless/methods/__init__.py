@@ -7,11 +7,41 @@ import importlib
 from ..errors import ConfigError, nearest
 
 REGISTRY = {
+    # the two papers
     "gorp": "gorp:GORP",
     "osft": "osft:OSFT",
+    # nothing protected
     "seqft": "seqft:SeqFT",
     "lora": "lora:LoRA",
     "inclora": "inclora:IncLoRA",
+    # updates held off what earlier tasks used
+    "gpm": "gpm:GPM",
+    "ogd": "ogd:OGD",
+    "inflora": "inflora:InfLoRA",
+    # few weights at a time
+    "migu": "migu:MIGU",
+    "sara": "sara:SaRA",
+    "esacl": "esacl:EsaCL",
+    # adapters that avoid, merge or follow earlier ones
+    "olora": "olora:OLoRA",
+    "nlora": "nlora:NLoRA",
+    "ella": "ella:ELLA",
+    "slao": "slao:SLAO",
+    "treelora": "treelora:TreeLoRA",
+    "badam": "badam:BAdam",
+    # beside another method
+    "ewc": "ewc:EWC",
+    "lwf": "lwf:LwF",
+    "replay": "replay:Replay",
+    "lines": "lines:LiNeS",
+    "merge": "merge:Merge",
+    # chosen at test time
+    "routed": "routed:Routed",
+    "gainlora": "gainlora:GainLoRA",
+    "prompt": "prompt:Prompt",
+    # upper bounds
+    "mtl": "mtl:MTL",
+    "per_task": "per_task:PerTask",
 }
 
 

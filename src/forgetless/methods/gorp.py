@@ -109,6 +109,7 @@ class GORP(Method):
     summary = "gradient low-rank projection: updates stay off the input directions earlier tasks used"
     paper = "arXiv 2507.02503"
     constrained = True
+    bytes_a_task = "new input directions of every layer: in numbers a direction"
     Options = GORPOptions
 
     def __init__(self, **options: Any):

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LoraOptions, adapter_tensors, adapters, add_delta, attach, detach, factors, lora_layers
+from ..adapters import LoraOptions, adapter_config, adapter_tensors, adapters, add_delta, attach, detach, factors, lora_layers
 from .base import Memory, Method
+
+PREFIX = "base_model.model."  # of PEFT's names: what else is in the memory belongs to a method that goes beside this one
 
 
 class LoRA(Method):
@@ -39,9 +41,10 @@ class LoRA(Method):
     def go_on(self, model: nn.Module, memory: Memory) -> nn.Module:
         """The adapter of the last commit, or a new one; what of it the weights have merged in is taken out."""
         self.attach(model)
-        for name, layer in adapters(model).items() if memory.tensors else ():
+        went = any(key.startswith(PREFIX) for key in memory.tensors)
+        for name, layer in adapters(model).items() if went else ():
             for factor, letter in zip(factors(layer), "AB", strict=True):
-                factor.copy_(memory.tensors[f"base_model.model.{name}.lora_{letter}.weight"])
+                factor.copy_(memory.tensors[f"{PREFIX}{name}.lora_{letter}.weight"])
             add_delta(layer, -1.0)
         return model
 
@@ -55,10 +58,6 @@ class LoRA(Method):
         return [{"params": params, "names": [f"{name}.lora_{letter}" for name in found for letter in "AB"]}]
 
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
-        o = self.options
-        memory.tensors = adapter_tensors(model)
-        memory.info["adapter_config"] = {
-            "peft_type": "LORA", "r": o.lora_rank, "lora_alpha": o.lora_alpha, "lora_dropout": o.lora_dropout, "bias": "none", "inference_mode": True,
-            "target_modules": sorted(adapters(model)), "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapters(model).values()),
-        }  # fmt: skip
+        memory.tensors = {key: t for key, t in memory.tensors.items() if not key.startswith(PREFIX)} | adapter_tensors(model)
+        memory.info["adapter_config"] = adapter_config(model, self.options)
         return detach(model)

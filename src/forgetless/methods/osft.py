@@ -151,6 +151,7 @@ class OSFT(Method):
     summary = "constrained full fine-tuning: updates stay off the leading singular directions of each weight"
     paper = "arXiv 2504.07097"
     constrained = True
+    bytes_a_task = "none; with protect: inputs or both, or remember: union, directions of every layer, bounded by max_share"
     Options = OSFTOptions
 
     def __init__(self, **options: Any):
