@@ -49,6 +49,7 @@ METHODS = {
     "olora": {"name": "olora", "lora_dropout": 0.0, "l2": 0.001},
     "osft": {"name": "osft"},
     "osft-adapter": {"name": "osft", "form": "adapter"},
+    "gainlora": {"name": "gainlora", "lora_dropout": 0.0},
     "migu": {"name": "migu"},
     "ewc-lwf": {"name": "ewc", "on": {"name": "lwf"}},
     "replay": {"name": "replay", "rate": 0.3, "buffer": 8},

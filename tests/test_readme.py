@@ -11,6 +11,7 @@ from torch import nn
 
 import forgetless as fl
 from forgetless.config import load_config
+from forgetless.methods import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,11 @@ def test_the_optimizer_block_runs(tiny):
     any_torch_optimizer.step()
     torch.testing.assert_close(layer(scope["X_old"]), before, atol=1e-5, rtol=1e-5)  # old inputs see no change
     assert not torch.equal(layer(torch.ones(8)), before[0])
+
+
+def test_the_table_of_methods_is_the_registry_s():
+    between = README.partition(f"<!-- {catalogue.MADE_BY} -->\n")[2].partition("<!-- end -->")[0]
+    assert between == catalogue.markdown(catalogue.rows()) + "\n"
 
 
 def test_every_path_the_readme_names_exists():

@@ -1,4 +1,7 @@
-"""What `forgetless methods` and the README's table say of the methods, from the methods themselves: their class attributes, their file's docstring, their options."""
+"""What `forgetless methods` and the README's table say of the methods, from the methods themselves: their class attributes, their file's docstring, their options.
+
+python -m forgetless.methods.catalogue        # the README's table
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,9 @@ def page(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+MADE_BY = "from the registry: python -m forgetless.methods.catalogue"
+
+
 def markdown(found: list[dict[str, Any]]) -> str:
     """The README's table."""
     lines = [
@@ -82,6 +88,12 @@ def markdown(found: list[dict[str, Any]]) -> str:
         if paper.startswith("arXiv "):
             paper = f"[{paper.removeprefix('arXiv ')}](https://arxiv.org/abs/{paper.removeprefix('arXiv ')})"
         old = row["stores"] if row["stores"] != "nothing" else "read again" if row["needs_old_data"] else ""
-        cells = [f"`{row['name']}`", row["summary"], old, row["bytes_a_task"], "yes" if row["needs_task_id"] else "", row["extra_forward"], paper]
+        _, _, held = row["bytes_a_task"].partition("; ")
+        grown = row["bytes_a_task"] if row["grows"] else f"nothing; holds {held}" if held else ""
+        cells = [f"`{row['name']}`", row["summary"], old, grown, "yes" if row["needs_task_id"] else "", row["extra_forward"], paper]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(rows()))

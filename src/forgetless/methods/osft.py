@@ -151,7 +151,7 @@ class OSFT(Method):
     summary = "constrained full fine-tuning: updates stay off the leading singular directions of each weight"
     paper = "arXiv 2504.07097"
     constrained = True
-    bytes_a_task = "none; with protect: inputs or both, or remember: union, directions of every layer, bounded by max_share"
+    bytes_a_task = "none; directions of every layer, within max_share, with protect: inputs or both, or remember: union"
     Options = OSFTOptions
 
     def __init__(self, **options: Any):
