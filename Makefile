@@ -10,13 +10,14 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help:
-	@echo "make demo    learn four small tasks by plain fine-tuning and by gorp, side by side, and compare them: about eight minutes on two cores"
-	@echo "make test    ruff, then the tests"
-	@echo "make lint    ruff alone"
-	@echo "make clean   remove .venv and the caches; runs/ stays"
+	@echo "make demo      learn four small tasks by plain fine-tuning and by gorp, side by side, and compare them: about eight minutes on two cores"
+	@echo "make test      ruff, then the tests"
+	@echo "make test-all  the same with every variant of every method"
+	@echo "make lint      ruff alone"
+	@echo "make clean     remove .venv and the caches; runs/ stays"
 	@echo
 	@echo "Each installs into .venv first, once. Variables:"
 	@echo "  PYTHON=python3.12                    another Python, 3.11 or newer (now: $(PYTHON))"
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -3,10 +3,13 @@
 torchrun --nproc_per_node 2 tests/ddp_child.py MODEL TASKS.json OUT METHODS.json BATCH
 """
 
+import gc
 import json
 import sys
 
+import peft  # noqa: F401
 import torch
+import transformers.trainer  # noqa: F401
 
 from forgetless import distributed, models
 from forgetless.config import TaskConfig
@@ -15,6 +18,8 @@ from forgetless.methods.base import Memory
 from forgetless.progress import Progress
 from forgetless.tasks import load_task
 from forgetless.trainer import train_task, training_arguments
+
+gc.freeze()  # as in conftest.py: or two thirds of the time go into looking through the imports for garbage
 
 
 def main(model_folder: str, tasks: str, out: str, methods: str, batch: str) -> None:

@@ -91,8 +91,25 @@ def trains(name: str, options: dict) -> tuple[str, dict]:
 
 
 EVERY = [(v.split("-")[0], options) for v, options in VARIANTS.items()]
+# of each method its defaults, and these: the rest is `slow`, which `make test-all` runs
+OFTEN = {
+    "gorp-rank",
+    "gorp-branches",
+    "gorp-max_rank",
+    "osft-inputs",
+    "osft-both",
+    "osft-adapter",
+    "osft-union",
+    "ewc-inclora",
+    "ewc-gorp",
+    "replay-gorp",
+    "merge-ties",
+}
 # all rows of a variant in one process of the test run, where they share what `finished` has run
-PARAMS = {v: pytest.param(*e, id=v, marks=pytest.mark.xdist_group(v)) for v, e in zip(VARIANTS, EVERY, strict=True)}
+PARAMS = {
+    v: pytest.param(*e, id=v, marks=[pytest.mark.xdist_group(v)] + [pytest.mark.slow] * (v != e[0] and v not in OFTEN))
+    for v, e in zip(VARIANTS, EVERY, strict=True)
+}
 every = pytest.mark.parametrize(("name", "options"), PARAMS.values())
 CONSTRAINED = (
     "gorp",

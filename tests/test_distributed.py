@@ -15,6 +15,7 @@ from conftest import write_task
 from safetensors.torch import load_file
 
 import forgetless as fl
+from forgetless.methods import REGISTRY
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -53,6 +54,11 @@ METHODS = {
     "migu": {"name": "migu"},
     "ewc-lwf": {"name": "ewc", "on": {"name": "lwf"}},
     "replay": {"name": "replay", "rate": 0.3, "buffer": 8},
+    **{name: {"name": name} for name in ("ogd", "sara", "esacl", "lines", "prompt", "mtl", "per_task")},
+    **{name: {"name": name, "lora_dropout": 0.0} for name in ("nlora", "ella", "slao", "treelora", "routed")},
+    "gpm": {"name": "gpm", "threshold": 0.6},
+    "inflora": {"name": "inflora", "lora_dropout": 0.0, "energy": 0.6},
+    "merge": {"name": "merge", "rule": "magmax"},
 }
 
 
@@ -68,6 +74,11 @@ def one_and_two(tiny, tmp_path_factory):
     one = run([sys.executable, *arguments, str(folder / "one"), json.dumps(METHODS), "4"])
     assert one.returncode == 0, one.stderr[-2000:]
     return tuple(torch.load(folder / n, weights_only=True) for n in ("one", "two"))
+
+
+def test_every_method_of_the_registry_is_here():
+    names = {method["name"] for method in METHODS.values()} | {m["on"]["name"] for m in METHODS.values() if "on" in m}
+    assert names == set(REGISTRY)
 
 
 @pytest.mark.parametrize("name", METHODS)
