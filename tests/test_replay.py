@@ -35,6 +35,8 @@ from forgetless.trainer import train_task
 
 RATES = [0.01, 0.05, 0.1, 0.5]
 
+SHORT = {mode: {"max_new_tokens": 4} for mode in ("on_policy", "self_synthesised")}  # of what is generated
+
 
 @pytest.fixture
 def loaded(tiny):
@@ -312,7 +314,7 @@ def found_in(folder: Path, text: str, tokenizer) -> set[str]:
 )
 def test_no_more_of_a_row_is_in_the_run_folder_than_the_mode_keeps(mode, store, keeps, small_run, tmp_path):
     config = small_run(
-        {"name": "replay", "mode": mode, "rate": 0.3, "max_new_tokens": 4}, tasks=(), store=store, evaluate={"scorers": ["exact_match"]}
+        {"name": "replay", "mode": mode, "rate": 0.3, **SHORT.get(mode, {})}, tasks=(), store=store, evaluate={"scorers": ["exact_match"]}
     )
     for name, word in (("one", "cat"), ("two", "dog")):
         rows = [{"prompt": f"{word} {SECRET}", "completion": f"{ANSWER} {word}"}] * 6
@@ -347,7 +349,7 @@ def test_under_on_policy_nothing_that_is_kept_depends_on_the_answers(loaded):
     ],
 )  # fmt: skip
 def test_a_run_that_may_not_keep_what_the_mode_needs_is_refused(mode, store, refused, small_run):
-    config = small_run({"name": "replay", "mode": mode, "max_new_tokens": 4}, tasks=("colour",), store=store)
+    config = small_run({"name": "replay", "mode": mode, **SHORT.get(mode, {})}, tasks=("colour",), store=store)
     config["train"]["max_steps"] = 1
     if refused is None:
         fl.run(config)
@@ -538,7 +540,7 @@ def test_mtl_is_training_on_the_joined_rows_from_the_untouched_model(small_run, 
     result = fl.run(config)
     model, tokenizer = models.load(config["model"])
     first, second = load_stream(load_config(config))
-    joined = Task("joined", second.prompt, [*second.train, *first.train], [], [], labels=[*second.labels, *first.labels])
+    joined = Task("joined", second.prompt, [*first.train, *second.train], [], [], labels=[*second.labels, *first.labels])
     torch.manual_seed(1)
     train_task(model, tokenizer, joined, get("seqft"), joined.train, config["train"] | {"max_steps": 12}, 1, Progress())
     ours = load_file(result.path / "model" / "model.safetensors")
@@ -664,7 +666,7 @@ def test_after_another_model_has_spoken_the_weights_are_the_same_bits(tiny, load
     model = loaded[0]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     places = [p.data_ptr() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="boom"), speaking(model, Path(other)) as speaker:
+    with pytest.raises(RuntimeError, match="boom"), speaking(model, Path(other), models.load) as speaker:
         theirs = models.load(other)[0].state_dict()
         assert speaker is model and all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items())
         raise RuntimeError("boom")

@@ -501,7 +501,7 @@ def test_each_task_is_answered_by_its_own_prompts(learned, tiny):
 
 
 def test_what_a_prompt_cannot_stand_in_front_of_is_refused(small_run, tmp_path):
-    with pytest.raises(ConfigError, match="method prompt puts its vectors in front of each; take packing out"):
+    with pytest.raises(ConfigError, match="packing: method prompt gives each row something of its own"):
         fl.run(small_run("prompt", tasks=("colour",), packing=True))
     with pytest.raises(ConfigError, match=r"the model takes 4;.*positions are 64, of which 60 are the prompts'; a smaller prompt_length"):
         fl.run(small_run({"name": "prompt", "prompt_length": 30}, tasks=("colour", "animal"), output_dir=str(tmp_path / "other")))

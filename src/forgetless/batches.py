@@ -138,8 +138,8 @@ def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int | Te
 Readable = list[int] | dict[str, list[int]]  # a prompt's token ids, or an encoded row with its answer
 
 
-def read(model: nn.Module, prompts: list[Readable], advance: Any = None) -> None:
-    """Pass each prompt or row through the model in eval mode, for hooks to look at. advance(done) after each.
+def read(model: nn.Module, prompts: list[Readable], advance: Any = None, whole: bool = False) -> None:
+    """Pass each prompt or row through the model in eval mode, for hooks to look at. advance(done) after each. whole: the head reads every position, not the last alone.
 
     A decoder of its own reads a row's answer, as in training; of a prompt, which has none, its first token.
     """
@@ -152,7 +152,7 @@ def read(model: nn.Module, prompts: list[Readable], advance: Any = None) -> None
             batch = {"input_ids": torch.tensor([ids])}
             if collate.seq2seq:
                 batch = collate([item]) if isinstance(item, dict) else batch | {"decoder_input_ids": torch.tensor([[collate.first]])}
-            forward(model, {key: value.to(device) for key, value in batch.items()}, logits_to_keep=1)
+            forward(model, {key: value.to(device) for key, value in batch.items()}, logits_to_keep=0 if whole else 1)
             if advance:
                 advance(done)
     finally:

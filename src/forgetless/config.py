@@ -235,6 +235,8 @@ class RunConfig(_Model):
         post = {"name": value["post"]} if isinstance(value["post"], str) else value["post"]
         if not isinstance(post, dict) or post.get("name") not in POST:
             raise ValueError(f"post: one of {', '.join(POST)}, or {{name: {POST[0]}, ...}} with its options; got {value['post']!r}")
+        if "on" in post:
+            raise ValueError("post: goes beside the method it stands in; take its on: out")
         return post | {"on": inner}
 
     @field_validator("method")

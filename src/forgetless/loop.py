@@ -23,7 +23,7 @@ from . import bits, distributed, models
 from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
-from .errors import ForgetlessError
+from .errors import ConfigError, ForgetlessError
 from .estimate import check_bits
 from .evaluation.drift import record_inputs, weight_leak
 from .evaluation.matrix import AccuracyMatrix
@@ -189,11 +189,15 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
     method.tokenizer, method.progress, method.stream = tokenizer, progress, stream
-    method.untouched, method.committed = lambda: load(config.model)[0], folder.model_of
+    method.untouched, method.committed, method.load = lambda: load(config.model)[0], folder.model_of, load
     for task in (*stream, *stream.watch):
         task.check(tokenizer, models.positions(model))
     if config.packing:
         check_packing(model)
+        if not method.packs:
+            raise ConfigError(f"packing: method {method.name} gives each row something of its own, and packed rows are one to a model; take it out")
+    if config.quantize and method.needs_whole_weights:
+        raise ConfigError(f"quantize: method {method.name} holds the weights where they were, which quantised ones are not; take one of them out")
     for option, wanted in (("quantize", config.quantize), ("optimizer_state", config.optimizer_state == "8bit")):
         if wanted:
             bits.check(option, model.device)

@@ -135,7 +135,7 @@ def input_sums(
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        read(model, prompts, advance)
+        read(model, prompts, advance, whole=model.get_output_embeddings() in layers.values())
     finally:
         for handle in handles:
             handle.remove()

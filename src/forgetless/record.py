@@ -197,8 +197,7 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
         return done
     old = load_config(folder.path / "run.yaml")
     if old.method.name == config.method.name:  # an option that the run's version did not have was as its default is
-        known = type(get(old.method.name).options)(**old.method.options)
-        old.method = MethodConfig(name=old.method.name, **known.model_dump())
+        old.method = MethodConfig(name=old.method.name, **get(old.method.name, **old.method.options).options.model_dump())
     for key, was, now in differences(comparable(old), comparable(config)):
         raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
     for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):

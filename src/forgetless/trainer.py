@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, native
-from .batches import Collate, Encoded, answer_loss
+from .batches import IGNORED, Collate, Encoded, answer_loss
 from .checkpoint import Checkpoints
 from .errors import ConfigError, Diverged, nearest
 from .methods.base import Method
@@ -132,15 +132,16 @@ def train_task(
             whole.enter_context(quantised(model, quantize, Path(aside)))
         start = {p: p.detach().clone() for group in optimizer.param_groups if coordinates.protects(group) for p in group["params"]}
         data = Encoded(task, tokenizer, rows)
-        if args.dataloader_drop_last and len(data) < (batch := args.per_device_train_batch_size * args.world_size):
-            raise ConfigError(f"task '{task.name}': {len(data)} rows make no whole batch of {batch}, and train.dataloader_drop_last drops the rest")
+        order = method.sampler(rows, args.seed)
+        an_epoch = len(data if order is None else order)  # a method's own order may be longer than the rows, or shorter
+        if args.dataloader_drop_last and an_epoch < (batch := args.per_device_train_batch_size * args.world_size):
+            raise ConfigError(f"task '{task.name}': {an_epoch} rows make no whole batch of {batch}, and train.dataloader_drop_last drops the rest")
         attention, use_cache = model.config._attn_implementation, getattr(model.config, "use_cache", None)
         longest = max(len(data[i]["input_ids"]) for i in range(0, len(data), max(1, len(data) // 50)))
         if args.use_cpu and eager_pays(longest, args.per_device_train_batch_size, packing):
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
         trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints)
-        an_epoch = len(trainer._get_train_sampler() or data)  # a method's own order may be longer than the rows
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(an_epoch, args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
@@ -250,6 +251,11 @@ def make_trainer(
             loss, outputs = answer_loss(model, inputs, num_items_in_batch)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.args.world_size  # the items are counted over all processes, and their gradients averaged
+            if num_items_in_batch is not None:
+                own, parts = (inputs["labels"] != IGNORED).sum(), self.current_gradient_accumulation_steps
+                method.batch_share = (
+                    float(own / num_items_in_batch) * parts * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+                )
             extra = method.extra_loss(model, inputs, outputs)
             if extra is not None:
                 loss = loss + (extra if num_items_in_batch is None else extra / self.current_gradient_accumulation_steps)

@@ -12,6 +12,11 @@ from .beside import Beside
 
 
 class Afresh(Beside):
+    def check(self, model: nn.Module) -> None:
+        self.refuse(self.several, "what it leaves of each task is not in one model's weights")
+        super().check(model)
+
+    several: tuple[str, ...] = ()  # methods it cannot go beside
     protect = Method.protect  # a space would be gone with the first task's end: refused, in Method's words
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:

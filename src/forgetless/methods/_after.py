@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import Diverged
 from ._statistics import readers, trained_names
 from .base import Memory
 from .beside import Beside
@@ -17,7 +17,7 @@ class After(Beside):
     # an adapter that goes on from task to task (lora) is no longer what is in the weights afterwards
     kind = property(lambda self: "plain" if self.on.kind == "adapter" else self.on.kind)
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.start: dict[str, Tensor] = {}  # what learns, as the task began: by name in the plain model, on the CPU
 
@@ -26,8 +26,10 @@ class After(Beside):
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        if self.on.kind == "routed":
-            raise ConfigError(f"method {self.name}: {self.on.name} leaves several models, and one is needed; put another method under on:")
+        self.refuse((), "it leaves several models, and one is needed", "routed")
+        self.refuse(("slao",), "its next task takes the adapter it has left out of the weights again, and would find others")
+        self.refuse(("esacl",), "what it has pruned would not stay 0")
+        self.refuse(("ewc",), f"the weights it holds on to would not be those that are committed; the other way round they are: ewc on: {self.name}")
         super().check(model)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
@@ -48,6 +50,8 @@ class After(Beside):
             model = super().end_task(model, task, memory)
         parameters = dict(model.named_parameters())
         self.settle(model, {name: parameters[name] for name in self.start}, memory)
+        if not all(bool(torch.isfinite(parameters[name]).all()) for name in self.start):
+            raise Diverged(f"method {self.name}: the weights are no longer finite; nothing of this task is committed. Lower its options")
         memory.info.pop("adapter_config", None)
         self.start = {}
         return model

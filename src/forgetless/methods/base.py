@@ -58,7 +58,7 @@ class Memory:
 class Options(BaseModel):
     """Base of every method's options: unknown ones are errors; the docstring under a field is what `forgetless methods NAME` says of it."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Method:
@@ -67,7 +67,7 @@ class Method:
     name = ""
     summary = ""  # one line for `forgetless methods`
     paper = ""
-    kind = "plain"  # what it leaves: a plain model | an adapter | a routed set
+    kind = "plain"  # what it leaves: plain, a model | adapter, a model and its adapter | routed, several, one of which is chosen at test time
     constrained = False  # does it promise that updates stay out of a protected space?
     needs_old_data = False  # does it read rows of earlier tasks, from their files or from what it has kept?
     stores = "nothing"  # of a task's data: nothing | prompts | rows. A run whose `store` allows less is refused
@@ -82,6 +82,10 @@ class Method:
     stream: TaskStream | None = None  # likewise: all tasks of the run
     untouched: Callable[[], nn.Module] | None = None  # likewise: loads the model as it was before the first task
     committed: Callable[[str], Path] | None = None  # likewise: the folder of the model that was committed with a task, by the task's name
+    load: Callable[[str], tuple[nn.Module, Any]] | None = None  # likewise: a model and its tokenizer from a folder, as the run loads them
+    batch_share = 1.0  # set before extra_loss(): a mean over the micro-batch's answer tokens times this is its share of the mean over all of a step's
+    packs = True  # can it train on `packing`'s rows, several in one sequence?
+    needs_whole_weights = False  # can its penalty not be taken where `quantize` keeps frozen weights in few bits?
     whole_gradients = False  # set where something beside this method reads p.grad or adds to it: no gradient may be let go within backward
     scratch: Path | None = (
         None  # likewise: a folder for what the task in progress would rather not compute again; gone with the commit, None where nothing is kept
@@ -92,7 +96,7 @@ class Method:
     micro_batches: int = 1  # set before optimizer(): how many backward passes make a step
     progress: Progress = Progress()  # likewise: stage and advance for what takes long; silent where nobody has set one
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         try:
             self.options = self.Options(**options)
         except ValidationError as error:

@@ -36,12 +36,13 @@ class Beside(Method):
     Options = BesideOptions
     adds_to_gradients = False  # a penalty does: the method it goes beside may then let no gradient go within backward
 
-    tokenizer, stream, untouched, committed = _inner("tokenizer"), _inner("stream"), _inner("untouched"), _inner("committed")
+    tokenizer, stream, untouched, committed, load = map(_inner, ("tokenizer", "stream", "untouched", "committed", "load"))
+    batch_share, packs = _inner("batch_share"), _inner("packs")
     scratch, progress, micro_batches, max_grad_norm = _inner("scratch"), _inner("progress"), _inner("micro_batches"), _inner("max_grad_norm")
     merge_leak, whole_gradients = _inner("merge_leak"), _inner("whole_gradients")
     kind, constrained = _inner("kind"), _inner("constrained")
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         from . import get
 
         super().__init__(**options)
@@ -54,7 +55,7 @@ class Beside(Method):
             raise ConfigError(f"method {self.name}: on: has {self.name} in it again; once is enough")
         self.options.on = {"name": name, **self.on.options.model_dump()}  # every default spelt out, for run.yaml
         self.whole_gradients = self.whole_gradients or self.adds_to_gradients
-        for own in ("needs_old_data", "needs_task_id"):
+        for own in ("needs_old_data", "needs_task_id", "needs_whole_weights"):
             setattr(self, own, getattr(type(self), own) or getattr(self.on, own))
         allowed = ("nothing", "prompts", "rows")
         self.stores = max(type(self).stores, self.on.stores, key=allowed.index)
@@ -62,6 +63,12 @@ class Beside(Method):
     def inner(self) -> list[Method]:
         """The methods it goes beside, the nearest first."""
         return [self.on, *(self.on.inner() if isinstance(self.on, Beside) else ())]
+
+    def refuse(self, names: tuple[str, ...], why: str, kind: str | None = None) -> None:
+        """Raise ConfigError where a method of these names, or of this kind, is among those it goes beside."""
+        for part in self.inner():
+            if part.name in names or (kind is not None and part.kind == kind):
+                raise ConfigError(f"method {self.name}: not on: {part.name}: {why}; put another method under on:")
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..adapters import ADAPTER, LoraOptions, adapters, detach, factors
+from ..adapters import ADAPTER, LoraOptions, adapters, detach, factors, lora_layers
 from ..batches import unwrapped
 from ._statistics import of_product
 from .base import Memory
@@ -42,7 +42,7 @@ class ELLA(IncLoRA):
     bytes_a_task = "none; one number a weight of the adapted layers"
     Options = ELLAOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.past: dict[str, Tensor] = {}  # W_past of each layer, (out, in)
 
@@ -71,6 +71,10 @@ class ELLA(IncLoRA):
             past[name] = past[name] + dW if name in past else dW
         memory.put(self.name, past)
         return detach(model)
+
+    def statistics_bytes(self, model: nn.Module) -> int:
+        """W_past, from the second task on."""
+        return sum(4 * layer.weight.numel() for layer in lora_layers(model, self.options.lora_modules).values())
 
     def held_bytes(self) -> int:
         return sum(W.nbytes for W in self.past.values())

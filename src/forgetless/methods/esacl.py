@@ -57,6 +57,13 @@ class EsaCL(OverLayers):
     free: dict[str, Tensor] = {}  # layer -> which weights (out, in) may change; none before the first task has ended
     flat: dict[str, Tensor] = {}  # weight -> its value, while the model stands a step aside of it
 
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        if self.options.rho and any(layer.weight.dtype != working_dtype(layer.weight.dtype) for layer in self.layers(model).values()):
+            raise ConfigError(
+                "method esacl: rho: a step aside of this length is lost in the rounding of 16-bit weights; set dtype: float32, or rho: 0"
+            )
+
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.free, self.flat = memory.of(self.name), {}
         if self.free and not any(bool(mask.any()) for mask in self.free.values()):

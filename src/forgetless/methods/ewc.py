@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,23 +49,34 @@ class EWCOptions(BesideOptions):
     rows: int = Field(200, ge=1)
     """At most so many of a task's training rows are measured."""
 
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> EWCOptions:
+        if self.form == "full" and self.gamma != EWCOptions.model_fields["gamma"].default:
+            raise ValueError("gamma is how fast form: online forgets, and form is full; take it out, or set form: online")
+        return self
+
 
 class EWC(Beside):
     name = "ewc"
     summary = "beside another: a penalty on moving the weights earlier tasks depend on"
     paper = "arXiv 1612.00796"
     adds_to_gradients = True
+    needs_whole_weights = True
     extra_forward = "200 rows forward and back, one by one, at a task's end"
     bytes_a_task = "none; two numbers a weight that learns"
     Options = EWCOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.held: dict[str, tuple[Tensor, Tensor]] = {}  # name of a weight: S and c, as it is stored
         self.constant = 0.0  # K
         self.readers: dict[str, Callable[[], Tensor]] | None = None
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> None:
+        self.refuse((), "it leaves several models, and the penalty is on the weights of one", "routed")
+        super().check(model)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         model = super().begin_task(model, task, memory)

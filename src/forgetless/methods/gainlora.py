@@ -62,6 +62,7 @@ class GainLoRA(LoRA):
     summary = "a LoRA branch a task, weighed for each row by a gate that is shut for earlier tasks' inputs"
     paper = "arXiv 2505.15424"
     kind = "routed"
+    packs = False
     constrained = True
     extra_forward = (
         "all old branches beside the weights; the mean embedding of each of the task's prompts, before it and after it; rows are answered one by one"
@@ -69,7 +70,7 @@ class GainLoRA(LoRA):
     bytes_a_task = "A and B of every adapted layer, a gate of (2 gate_width + 1) x d numbers, and directions of the gates' inputs"
     Options = GainLoRAOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.spaces: dict[str, Subspace] = {}  # M_l, by the names of their G_l
         self.held = 0  # bytes of all old branches and gates

@@ -112,7 +112,7 @@ class GORP(Method):
     bytes_a_task = "new input directions of every layer: in numbers a direction"
     Options = GORPOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.max_grad_norm: float | None = 1.0
         self.spaces: dict[str, Subspace] = {}

@@ -46,7 +46,7 @@ class GPM(OverLayers):
     bytes_a_task = "a basis of every layer's new input directions: in numbers a direction"
     Options = GPMOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.spaces: dict[str, Subspace] = {}
 

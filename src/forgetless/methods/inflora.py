@@ -66,7 +66,7 @@ class InfLoRA(IncLoRA):
     bytes_a_task = "directions of every adapted layer's inputs, at most half of them x in numbers in all"
     Options = InfLoRAOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.spaces: dict[str, Subspace] = {}  # V of each layer
         self.frozen = 0  # bytes of all A

@@ -15,7 +15,7 @@ When not to use it: tasks that are learned in the shallow blocks (a new language
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ..importance import block_of
@@ -29,6 +29,14 @@ class LiNeSOptions(BesideOptions):
     """Share of its change that the first block keeps, and whatever lies outside the blocks. The paper finds it on held-out rows; 1 changes nothing."""
     beta: float | None = None
     """What the last block keeps more than the first; null: 1 - alpha."""
+
+    @model_validator(mode="after")
+    def _no_share_below_zero(self) -> LiNeSOptions:
+        if self.beta is not None and self.alpha + self.beta < 0:
+            raise ValueError(
+                f"alpha {self.alpha:g} and beta {self.beta:g} would turn the last block's change round; alpha + beta must not be below 0"
+            )
+        return self
 
 
 class LiNeS(After):

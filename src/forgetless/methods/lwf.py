@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..batches import IGNORED, answer_logits, unwrapped
+from ..errors import ConfigError
 from ..subspace import working_dtype
 from .base import Memory
 from .beside import Beside, BesideOptions, add
@@ -45,9 +46,18 @@ class LwF(Beside):
     extra_forward = "a forward pass of the last model"
     Options = LwFOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.old: dict[str, Tensor] = {}  # of what learns, by name in the model that trains: as the task began
+
+    def check(self, model: nn.Module) -> None:
+        self.refuse((), "it leaves several models, and one is asked for what the old one says", "routed")
+        self.refuse(("mtl", "per_task"), "it begins at the untouched model, which is then what would be held on to")
+        if any(part.name == "merge" and part.begins != "merged" for part in self.inner()):
+            raise ConfigError(
+                "method lwf: on: merge trains from weights that are not the last commit's, which would be held on to; set its start: merged"
+            )
+        super().check(model)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         model = super().begin_task(model, task, memory)
@@ -78,7 +88,7 @@ class LwF(Beside):
         finally:
             inner.train(was_training)
         loss = distillation(new, old, target != IGNORED, self.options.temperature)
-        return add(self.options.strength * loss, other)
+        return add(self.options.strength * self.batch_share * loss, other)
 
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.old = {}

@@ -30,6 +30,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..subspace import working_dtype
 from ._after import After
 from .base import Memory
@@ -53,6 +54,10 @@ class MergeOptions(BesideOptions):
 
     @model_validator(mode="after")
     def _merges(self) -> MergeOptions:
+        used = {"rate": ("ema",), "keep": ("ties",), "drop": ("dare",), "scale": ("arithmetic", "dare", "magmax", "ties")}
+        for key, rules in used.items():
+            if self.rule not in rules and getattr(self, key) != MergeOptions.model_fields[key].default:
+                raise ValueError(f"{key} is read by rule: {' and '.join(rules)}, and the rule is {self.rule}; take it out")
         if self.rule == "arithmetic" and self.scale == 1 and self.start in ("last", "merged"):
             raise ValueError(f"rule: arithmetic with start: {self.start} and scale: 1 adds up to plain sequential training; give a scale below 1")
         return self
@@ -66,7 +71,7 @@ class Merge(After):
     constrained = property(lambda self: self.on.constrained and self.begins == "merged" and self.options.rule in ("average", "ema", "arithmetic"))
     Options = MergeOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.merged: dict[str, Tensor] = {}  # the committed weights, where the task is trained from others
         self.seed = 0
@@ -76,6 +81,12 @@ class Merge(After):
         return self.options.start or STARTS[self.options.rule]
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> None:
+        self.refuse(("mtl", "per_task"), "it begins every task at the untouched model, so there is nothing to merge with")
+        if self.begins != "merged" and any(part.name == "lwf" for part in self.inner()):
+            raise ConfigError(f"method merge: with start: {self.begins} lwf would hold on to other weights than the last commit's; set start: merged")
+        super().check(model)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.place(model, memory)

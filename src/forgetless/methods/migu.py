@@ -44,7 +44,7 @@ class MIGU(OverLayers):
     paper = "arXiv 2406.17245"
     Options = MIGUOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.sums: dict[str, Tensor] = {}  # layer -> n (out,) of this step
         self.permits: dict[

@@ -18,18 +18,19 @@ class MTL(Afresh):
     name = "mtl"
     summary = "upper bound: the untouched model trained on the rows of all tasks so far at once"
     needs_old_data = True
+    several = ("prompt",)
 
     def train_data(self, task: Any, memory: Memory) -> list:
         """The task's own rows, and those of the tasks before it as token ids: only the task at hand would encode a row of another with its own prompt."""
         earlier = self.stream.tasks[: self.place(task) or 0] if self.stream else []
-        rows = list(super().train_data(task, memory))
+        rows: list = []
         if earlier:
             self.progress.stage(f"{task.name}: reading the rows of earlier tasks", sum(len(other.train) for other in earlier))
         for other in earlier:
             for example in other.train:
                 rows.append(other.encode(self.tokenizer, example))
-                self.progress.advance(len(rows) - len(task.train))
-        return rows
+                self.progress.advance(len(rows))
+        return [*rows, *super().train_data(task, memory)]  # what replay adds stands last, where its order looks for it
 
     def settings(self, train: dict[str, Any], index: int) -> dict[str, Any]:
         train = super().settings(train, index)

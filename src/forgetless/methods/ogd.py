@@ -47,7 +47,7 @@ class OGD(Method):
     bytes_a_task = "gradients: samples numbers a trained weight"
     Options = OGDOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.bases: dict[str, Tensor] = {}  # parameter -> its part (k, *shape) of S
 
@@ -106,6 +106,11 @@ class OGD(Method):
         return model
 
     # -- planning and the record -----------------------------------------------------------------------------------------------------
+
+    def statistics_bytes(self, model: nn.Module) -> int:
+        """What the last of the stream's tasks holds: the gradients of those before it, and its own as they are measured."""
+        tasks, size = len(self.stream) if self.stream else 1, 2 if self.options.keep_in == "bf16" else 4
+        return tasks * size * self.options.samples * sum(p.numel() for group in self.param_groups(model) for p in group["params"])
 
     def held_bytes(self) -> int:
         return sum(B.nbytes for B in self.bases.values())

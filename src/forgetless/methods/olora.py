@@ -40,7 +40,7 @@ class OLoRA(IncLoRA):
     bytes_a_task = "A of every adapted layer: rank x in numbers"
     Options = OLoRAOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.old: dict[str, Tensor] = {}  # A_old of each layer
 

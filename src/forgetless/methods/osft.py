@@ -154,7 +154,7 @@ class OSFT(Method):
     bytes_a_task = "none; directions of every layer, within max_share, with protect: inputs or both, or remember: union"
     Options = OSFTOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.parts: dict[str, Part] = {}
         self.trained: dict[Tensor, nn.Module] = {}  # weight -> its layer

@@ -10,7 +10,7 @@ When not to use it: where nobody says which task a row is of, or where one model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from .base import Memory
 class PerTask(Afresh):
     name = "per_task"
     summary = "upper bound on learning: a model a task, chosen by the task's name at test time"
-    kind = "a routed set"
+    kind = "routed"
+    several = ("routed", "gainlora", "prompt")
     needs_task_id = True
     bytes_a_task = "a whole model, the task's commit"
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.at: int | None = None  # place of the task that `model` was trained on last
 
@@ -61,15 +62,15 @@ class PerTask(Afresh):
         place = self.place(task)
         if place is None or self.committed is None or self.at is None or place >= self.at:
             return super().answering(model, task, rows, memory)
-        return [(list(range(len(rows))), speaking(model, self.model_of(task.name)))]
+        return [(list(range(len(rows))), speaking(model, self.model_of(task.name), self.load or models.load))]
 
 
 @contextmanager
-def speaking(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
+def speaking(model: nn.Module, folder: Path, load: Callable[[str], tuple[nn.Module, Any]]) -> Iterator[nn.Module]:
     """`model` with the weights that are in `folder`, then with its own again."""
     own = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    take(model, models.load(str(folder), dtype="auto")[0])
     try:
+        take(model, load(str(folder))[0])
         yield model
     finally:
         with torch.no_grad():

@@ -63,6 +63,7 @@ class Prompt(Method):
     summary = "a soft prompt a task in front of the earlier ones, the model frozen (progressive prompts)"
     paper = "arXiv 2301.12314"
     kind = "routed"
+    packs = False
     needs_task_id = True
     extra_forward = "every row is longer by all prompts so far"
     bytes_a_task = "prompt_length x width numbers"

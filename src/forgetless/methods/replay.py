@@ -46,6 +46,8 @@ GENERATES = {"on_policy": "greedy answers to the replayed prompts, before each t
 
 class ReplayOptions(BesideOptions):
     mode: Literal["mixed", "consolidation", "on_policy", "self_synthesised"] = "mixed"
+    """When old rows come, and what is kept. on_policy keeps prompts: of a conversation all that stands before its last answer, earlier answers too; it and
+    self_synthesised generate as many rows as one epoch replays, and go through them again in later ones."""
     rate: float = Field(0.05, gt=0, lt=1)
     """Share of all rows trained on that are replayed ones; 0.01 to 0.1 is usual."""
     buffer: int = Field(100, ge=1)
@@ -56,7 +58,7 @@ class ReplayOptions(BesideOptions):
     """Which rows are kept: as many of each label (with per: total of each label of each task; answers that are free text count as one), or any with equal chance.
     null: balanced; under on_policy reservoir, since a prompt's label is its answer."""
     max_new_tokens: int = Field(128, ge=1)
-    """Longest answer, or part of a made-up row, that is generated."""
+    """on_policy, self_synthesised: longest answer, or part of a made-up row, that is generated."""
     temperature: float = Field(1.0, gt=0)
     """Of self_synthesised's sampling."""
     seed_text: list[str] = []
@@ -68,6 +70,14 @@ class ReplayOptions(BesideOptions):
             raise ValueError(
                 "choose: balanced asks for each prompt's label, and mode: on_policy keeps nothing of the answers; take it out, or choose: reservoir"
             )
+        generated = {"max_new_tokens": ("on_policy", "self_synthesised"), "temperature": ("self_synthesised",)}
+        for key, modes in generated.items():
+            if self.mode not in modes and getattr(self, key) != ReplayOptions.model_fields[key].default:
+                raise ValueError(f"{key} is read in mode: {' and '.join(modes)}, and the mode is {self.mode}; take it out")
+        if self.mode == "self_synthesised" and (self.choose is not None or self.per != "task"):
+            raise ValueError("choose and per say which rows are kept, and mode: self_synthesised keeps none; take them out")
+        if not all(text.strip() for text in self.seed_text):
+            raise ValueError("seed_text: an empty text is no beginning; take it out")
         if self.seed_text and self.mode != "self_synthesised":
             raise ValueError(f"seed_text: is what self_synthesised begins with, and mode is {self.mode}; take it out")
         return self
@@ -82,7 +92,7 @@ class Replay(Beside):
     bytes_a_task = "token ids and a label mask of `buffer` rows"
     Options = ReplayOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         o = self.options
         order = ("nothing", "prompts", "rows")
@@ -99,6 +109,9 @@ class Replay(Beside):
         self.seed = 0
 
     def check(self, model: nn.Module) -> None:
+        self.refuse(
+            ("prompt", "per_task"), "rows of earlier tasks are answered by what those tasks left, which training on them again does not change"
+        )
         super().check(model)
         if self.options.mode == "self_synthesised" and is_seq2seq(model) and not self.options.seed_text:
             raise ConfigError(

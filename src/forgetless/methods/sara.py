@@ -44,7 +44,7 @@ class SaRA(OverLayers):
     extra_forward = "with nuclear: a decomposition of every matrix a step"
     Options = SaRAOptions
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.start: dict[str, Tensor] = {}  # P_0, where the nuclear norm asks for it
 

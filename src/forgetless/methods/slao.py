@@ -34,7 +34,7 @@ class SLAO(LoRA):
     paper = "arXiv 2512.23017"
     bytes_a_task = "none; A and two B of every adapted layer"
 
-    def __init__(self, **options: Any):
+    def __init__(self, /, **options: Any):
         super().__init__(**options)
         self.merged: dict[str, Tensor] = {}  # B_merge of each layer as the task began
 
