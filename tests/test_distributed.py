@@ -81,6 +81,7 @@ def test_every_method_of_the_registry_is_here():
     assert names == set(REGISTRY)
 
 
+@pytest.mark.xdist_group("ranks")  # all in one process of the run, which makes the two ranks once
 @pytest.mark.parametrize("name", METHODS)
 def test_row_4_two_ranks_equal_one_process(name, one_and_two):
     a, b = (found[name] for found in one_and_two)

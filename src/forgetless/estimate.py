@@ -233,7 +233,7 @@ def plan_blocks(
         if device == "cpu" and eager_pays(rows.tokens, args.per_device_train_batch_size, config.packing):
             model.set_attn_implementation("eager")  # as the Trainer does
         parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
-        base, method = list(model.parameters()), copy.deepcopy(method)
+        base, method = list(model.parameters()), type(method)(**method.options.model_dump())  # one of its own: what is planned leaves nothing behind
         method.check(model)
         memory, spaces = Memory(), method.spaced(model)
         guards = method.constrained if spaces is None else bool(spaces)
