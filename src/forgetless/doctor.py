@@ -74,7 +74,7 @@ def examine_config(config: RunConfig) -> dict[str, Any]:
             p.requires_grad_(p in learning)
         small = sum(quantised_bytes(layer.weight, config.quantize) - layer.weight.nbytes for layer in frozen(model))
     optimizer = method.optimizer(groups, lr=1e-4, weight_decay=args.weight_decay, precision=config.precision, optimizer_state=config.optimizer_state)
-    held, spaces = method.held_bytes(), method.spaced(model)  # an adapter's: only its constrained factors are copied
+    held, spaces = method.innermost().held_bytes(), method.spaced(model)  # an adapter's: only its constrained factors are copied
     return {
         "model": {"name": config.model, "class": type(model).__name__, "parameters": parameters},
         "method": {"name": method.name, "options": method.options.model_dump(), "trained_parameters": trained, "trained_tensors": names},

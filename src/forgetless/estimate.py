@@ -248,6 +248,7 @@ def plan_blocks(
         method.micro_batches = args.gradient_accumulation_steps
         optimizer = method.optimizer(groups, **settings)
         stack.callback(keep, model)
+        beside = method.innermost().held_bytes()  # an adapter's: only its constrained factors are copied
         held, statistics, trained = method.held_bytes(), method.statistics_bytes(model), sum(p.numel() for p in learning)
         weights, codes, aside = sum(p.nbytes for p in base), 0, 0
         for layer, stand_in in stand_ins(model, config.quantize) if config.quantize else ():
@@ -260,7 +261,7 @@ def plan_blocks(
             else []
         )
         in_fp32 = 8 * max(sizes) if sizes and config.optimizer_state == "8bit" else 0
-        guarded = [p for group in groups if coordinates.protects(group) or guards and not held for p in group["params"]]
+        guarded = [p for group in groups if coordinates.protects(group) or guards and not beside for p in group["params"]]
         step = Step(
             weights=weights - aside + codes, whole=weights if aside else 0, aside=aside, gradients=gradient_bytes(optimizer),
             activations=saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,

@@ -108,6 +108,10 @@ class Method:
             return f"unknown option '{key}'{nearest(key, self.Options.model_fields)}"
         return f"{key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}"
 
+    def innermost(self) -> Method:
+        """The method that says which weights train: itself, unless it goes beside another."""
+        return self
+
     def check(self, model: nn.Module) -> None:
         """Before anything begins, on the plain model: raise ConfigError where the options match no module."""
         self.param_groups(model)

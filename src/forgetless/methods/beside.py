@@ -64,6 +64,9 @@ class Beside(Method):
         """The methods it goes beside, the nearest first."""
         return [self.on, *(self.on.inner() if isinstance(self.on, Beside) else ())]
 
+    def innermost(self) -> Method:
+        return self.on.innermost()
+
     def refuse(self, names: tuple[str, ...], why: str, kind: str | None = None) -> None:
         """Raise ConfigError where a method of these names, or of this kind, is among those it goes beside."""
         for part in self.inner():

@@ -31,6 +31,7 @@ from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
 from ..sketch import Sketch
 from ..subspace import Constraint, Subspace, coverage, extend, project_out, working_dtype
+from ._statistics import spaces_report
 from .base import Memory, Method, clip_factor
 
 log = logging.getLogger(__name__)
@@ -356,13 +357,8 @@ class GORP(Method):
         return {key.removesuffix(".basis"): V for key, V in memory.tensors.items() if key.endswith(".basis")}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
-        bases = [t for key, t in memory.tensors.items() if key.endswith(".basis")]
-        if not bases or not self.options.use_shared_space:
-            return None
-        ranks = [t.shape[1] for t in bases]
-        share = sum(t.shape[1] / t.shape[0] for t in bases) / len(bases)
-        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share}
-        return numbers | {"evicted": memory.info.get("evicted", 0), "bytes": sum(t.nbytes for t in bases)}
+        found = spaces_report(memory.spaces()) if self.options.use_shared_space else None
+        return found and found | {"evicted": memory.info.get("evicted", 0)}
 
 
 def _rows(statistic: Sketch | Tensor) -> tuple[Tensor, float]:
