@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -477,11 +478,14 @@ def test_a_run_locked_by_another_process(here, finished, forgetless_):
     with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert_says(
-            forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", "another process", "wait for it, or choose another folder"]
+            forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", f"another process is running there (pid {other.pid} on {socket.gethostname()})", "wait for it"]
         )
         other.communicate()
-    assert contents(Path("run")) == before
+    after = contents(Path("run"))
+    assert json.loads(after.pop(".lock")) == {"pid": other.pid, "host": socket.gethostname()} and before.pop(".lock") == b""  # it ended without unlocking
+    assert after == before
     assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
+    assert contents(Path("run"))[".lock"] == b""
 
 
 def test_a_folder_where_nothing_began_is_left_as_it_was(here, forgetless_):
@@ -537,10 +541,6 @@ def no_run_yaml(run: Path) -> None:
     (run / "run.yaml").unlink()
 
 
-def no_lineage(run: Path) -> None:
-    (run / "lineage.jsonl").unlink()
-
-
 def lineage_of_something_else(run: Path) -> None:
     (run / "lineage.jsonl").write_text('"hello"\n')
 
@@ -561,7 +561,7 @@ def torn_metrics(run: Path) -> None:
     (run / "tasks" / "00-colour" / "metrics.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [no_run_yaml, no_lineage, lineage_of_something_else, unknown_current, no_task_folder, no_metrics, torn_metrics])
+@pytest.mark.parametrize("damage", [no_run_yaml, lineage_of_something_else, unknown_current, no_task_folder, no_metrics, torn_metrics])
 def test_a_damaged_run_is_said_to_be_damaged(here, finished, forgetless_, damage):
     shutil.copytree(finished, "run", symlinks=True)
     damage(Path("run"))

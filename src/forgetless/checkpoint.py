@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .lineage import sync_tree, write_atomic
+from .files import sync_tree, write_atomic
 
 
 class Checkpoints:

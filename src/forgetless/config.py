@@ -191,6 +191,49 @@ class EvaluateConfig(_Model):
     batch_size: int = Field(16, ge=1)
 
 
+class GateConfig(_Model):
+    """What a new task may cost. A limit that is absent is not looked at; with none of them there is no gate."""
+
+    max_forgetting: float | None = Field(None, ge=0, le=1)
+    """Largest mean drop of the earlier tasks, each since it was learned."""
+    max_worst_task: float | None = Field(None, ge=0, le=1)
+    """Largest drop of any one of them."""
+    min_new_task: float | None = Field(None, ge=0, le=1)
+    """Least score of the new task."""
+    max_drift_kl: float | None = Field(None, ge=0)
+    """Largest mean KL(before || after) of the next token on the new task's own prompts, in nats."""
+    max_general_drop: float | None = Field(None, ge=0, le=1)
+    """Largest drop of any watch set since before the first task."""
+    margin: float = Field(0.02, gt=0, le=1)
+    """A drop of its limit is let pass, one of its limit plus margin is refused, each with the confidence below; between them either may come."""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """Chance to reject a model that keeps every limit, over all tasks and watch sets together."""
+    beta: float = Field(0.05, gt=0, lt=0.5)
+    """Chance to accept a model that breaks a limit by the margin."""
+    max_rows: int | None = Field(None, ge=1)
+    """Most rows of each task that are scored for the gate: it begins with evaluate.limit and takes more until it knows. null: no more than those."""
+    on_undecided: Literal["accept", "hold"] = "accept"
+    """Where the rows do not suffice: accept with a warning, or keep the new model aside as a rejected one is."""
+    scorer: Literal["choice", "exact_match", "metric"] | None = None
+    """The score the gate looks at; default: the first of the run's."""
+
+    @property
+    def on(self) -> bool:
+        limits = (self.max_forgetting, self.max_worst_task, self.min_new_task, self.max_drift_kl, self.max_general_drop)
+        return any(limit is not None for limit in limits)
+
+
+class ProbesConfig(_Model):
+    """A few rows of each earlier task and watch set, scored while a task trains."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between two looks; absent: none."""
+    rows: int = Field(16, ge=1)
+    """Rows of each task and watch set."""
+    stop: bool = False
+    """End the task early when the gate is bound to reject it."""
+
+
 class RunConfig(_Model):
     """A run; README.md shows a whole one, src/forgetless/first.yaml explains each key."""
 
@@ -205,6 +248,9 @@ class RunConfig(_Model):
     train: dict[str, Any] = Field(default_factory=dict)
     """Passed to transformers.TrainingArguments under its own names."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    """What a new task may cost; a model that costs more is kept aside, and the one before it stays."""
+    probes: ProbesConfig = Field(default_factory=ProbesConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the weights are kept in. bfloat16 halves them; what becomes of updates it cannot hold is `precision`."""
     precision: Literal["fp32_master", "stochastic_rounding", "kahan", "plain"] = "fp32_master"
@@ -218,7 +264,7 @@ class RunConfig(_Model):
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints inside a task; absent: task boundaries only."""
     keep: str = "all"
-    """Model versions kept: all, or `last N`. What is needed to go on is always kept."""
+    """Model versions kept: all, `last N`, or `tagged`. What is needed to go on is always kept."""
     store: Literal["nothing", "prompts", "rows"] = "rows"
     """What the run folder may hold of the data: nothing, the prompts, or whole rows."""
     seed: int = Field(0, ge=0, le=4_000_000)  # times 1000 plus the task's number must fit numpy's 32 bits
@@ -251,8 +297,8 @@ class RunConfig(_Model):
     @field_validator("keep")
     @classmethod
     def _keep(cls, keep: str) -> str:
-        if keep != "all" and not re.fullmatch(r"last [1-9]\d*", keep):
-            raise ValueError(f"{keep!r}; one of: all, last N")
+        if keep not in ("all", "tagged") and not re.fullmatch(r"last [1-9]\d*", keep):
+            raise ValueError(f"{keep!r}; one of: all, last N, tagged")
         return keep
 
     @field_validator("train")
@@ -379,7 +425,14 @@ def _explain(error: dict) -> str:
         known: Any = RunConfig
         for part in error["loc"][:-1]:
             if isinstance(part, str) and isinstance(known, type):
-                known = {"tasks": TaskConfig, "watch": TaskConfig, "evaluate": EvaluateConfig, "method": MethodConfig}.get(part, known)
+                known = {
+                    "tasks": TaskConfig,
+                    "watch": TaskConfig,
+                    "evaluate": EvaluateConfig,
+                    "method": MethodConfig,
+                    "gate": GateConfig,
+                    "probes": ProbesConfig,
+                }.get(part, known)
         return f"unknown key '{key}'{nearest(str(error['loc'][-1]), known.model_fields)}"
     if error["type"] == "missing":
         return f"'{key}' is missing; forgetless init writes a config to start from"

@@ -24,6 +24,12 @@ class DataError(ForgetlessError):
     exit_code = 4
 
 
+class GateRejected(ForgetlessError):
+    """The gate refused the new model. It is kept aside; the accepted one stays current."""
+
+    exit_code = 3
+
+
 class Diverged(ForgetlessError):
     """The loss stopped being a number. The last committed task is kept."""
 

@@ -1,14 +1,13 @@
 """The durable record of a run: what was learned, in which order, from what, and where the model is that came of it.
 
-A commit is one rename: everything of a task is written beside, synced, renamed into tasks/NN-name, then a line joins lineage.jsonl, then `current` is replaced.
-`current` is the truth: whatever lies beyond it was interrupted and is done again. Nothing hashed depends on the clock.
+A commit: everything of a task is written beside, synced, renamed into tasks/NN-name; then `current` is replaced, which decides; then its line joins lineage.jsonl. A kill
+between the last two leaves a line to come, which the task's folder holds in line.json: whoever reads sees it there, whoever writes next appends it. Whatever else lies
+beyond `current` was interrupted and is done again. Nothing hashed depends on the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -16,24 +15,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, nearest
+from .files import Manifest, canonical, file_sha256, link_unchanged, manifest, read, sync, sync_tree, text_sha256, write_atomic
+from .lock import FolderLock
 from .methods.base import Memory
+from .state import folder_sha256, load_memory, model_sha256, save_memory
 
-FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "current", "model", "before.json", "watch.json", ".lock"}
+FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "rejected", "current", "model", "before.json", "watch.json", "watch_scores.json",
+         "tags.json", ".lock"}  # fmt: skip
 TRAINING = ".training"  # tasks/.NN-name.training: checkpoints of the task in progress
+GONE = "model.gone"  # in a task's folder: its model was let go on purpose
+BESIDE = {"line.json", "files.json", GONE}  # what files.json does not name
 # a crash may leave one of these half-written; they are ours too
 TEMPORARY = {f".{name}.tmp" for name in FILES} | {".model"}
 
 
 class RunFolder:
-    """One run's folder, locked for as long as this object lives; with lock=False only looked at, by the other processes of the one that holds it."""
+    """One run's folder, locked for as long as this object lives; with lock=False only looked at."""
 
     def __init__(self, path: str | Path, lock: bool = True):
         self.path = Path(path)
-        self._lock = None
+        self._lock: FolderLock | None = None
         if not lock:
             return
         if self.path.exists() and not self.path.is_dir():
@@ -43,23 +47,16 @@ class RunFolder:
         self._found = self.path.is_dir()
         try:
             (self.path / "tasks").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a")
+            self._lock = FolderLock(self.path)
         except OSError as error:
             raise ConfigError(f"output_dir {self.path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
-                raise BlockingIOError  # whoever held it has just closed and removed it
-        except OSError:
-            self._lock.close()
-            raise ConfigError(f"output_dir {self.path}: another process is running there; wait for it, or choose another folder") from None
 
     def _refuse_foreign(self) -> None:
         """A folder of somebody else is never written to, not even one that has names of ours in it."""
         entries = sorted(p.name for p in self.path.iterdir())
         tasks = self.path / "tasks"
         ours = "current" in entries or (written := self.path / "run.yaml").is_file() and written.read_bytes().startswith(b"# forgetless ")
-        # beside a run of ours anything may lie: only tasks/ and model are ever cleaned
+        # beside a run of ours anything may lie: only tasks/, rejected/ and model are ever cleaned
         foreign = [] if ours else [name for name in entries if name not in FILES | TEMPORARY]
         foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
         if (model := self.path / "model").exists() and not model.is_symlink():
@@ -82,105 +79,237 @@ class RunFolder:
                 (self.path / ".lock").unlink()
                 if not self._found:
                     self.path.rmdir()
-        self._lock.close()
+        self._lock.release()
 
-    # -- the commits -----------------------------------------------------------------------------------------------------------------
+    def __enter__(self) -> RunFolder:
+        return self
 
-    def repair(self) -> None:
-        """Drop what an interrupted commit left beyond `current`."""
-        done = self.committed()
-        kept = "".join(canonical(line) + "\n" for line in self.lineage()[: len(done)])
-        if kept != _read(self.path / "lineage.jsonl"):  # a torn last line too: the next commit would go on behind it
-            write_atomic(self.path / "lineage.jsonl", kept)
-        for folder in (self.path / "tasks").iterdir():
-            in_progress = folder.name.startswith(f".{len(done):02d}-") and folder.name.endswith(
-                TRAINING
-            )  # its checkpoints say themselves if they count
-            if folder.name not in done and not in_progress:
-                shutil.rmtree(folder)
-        self._point_model()
-        self.restore_timing()
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- where the run stands ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> str:
+        """The folder under tasks/ that is current; "" before the first commit."""
+        return read(self.path / "current").strip()
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Every commit, rejection and rollback, in order; the one that a kill kept from the file too. Raises DataError where the file is not what was written."""
+        lines, torn = self._written()
+        missing = self._to_come(lines)
+        if torn and not any(canonical(line).startswith(torn) for line in missing):
+            raise self._damaged(f"line {len(lines) + 1} of lineage.jsonl is not one that forgetless wrote")
+        return lines + missing
+
+    def _written(self) -> tuple[list[dict[str, Any]], str]:
+        """(the whole lines, the text of one that was being written when the power went)."""
+        lines, torn = [], ""
+        for text in read(self.path / "lineage.jsonl").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                line = None
+            if torn or not isinstance(line, dict) or not {"kind", "index", "task", "hash"} <= line.keys():
+                torn += text
+            else:
+                lines.append(line)
+        if not self.current and any(line["kind"] == "task" for line in lines):
+            return [], ""  # of a version that appended the line before it replaced `current`, and was killed between them
+        return lines, torn
+
+    def _to_come(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `current` or a folder under rejected/ says has happened, and lineage.jsonl does not say yet."""
+        last = lines[-1]["hash"] if lines else ""
+        candidates = [self.path / "tasks" / self.current] if self.current else []
+        candidates += sorted(p for p in _entries(self.path / "rejected") if not p.name.startswith("."))
+        for folder in candidates:
+            with contextlib.suppress(ValueError):
+                line = json.loads(read(folder / "line.json") or "{}")
+                if line.get("parent") == last and line.get("hash") not in {x["hash"] for x in lines}:
+                    return [line]
+        paths, head = branches(lines)
+        if self.current in paths and self.current != (head[-1] if head else ""):
+            return [_rollback_line(lines, self.current)]
+        return []
 
     def committed(self) -> list[str]:
-        """Folder names under tasks/ in order, up to `current`."""
-        current = self.path / "current"
-        if not current.is_file():
+        """Folder names under tasks/ from the first task to the current one."""
+        if not self.current:
             return []
-        last = current.read_text().strip()
-        names = [f"{line['index']:02d}-{line['task']}" for line in self.lineage()]
-        if last not in names:
-            raise self._damaged(f"`current` says {last}, which lineage.jsonl does not know")
-        done = names[: names.index(last) + 1]
+        paths, _ = branches(self.lineage())
+        if self.current not in paths:
+            raise self._damaged(f"`current` says {self.current}, which lineage.jsonl does not know")
+        done = paths[self.current]
         for file in ("run.yaml", *(f"tasks/{name}/metrics.json" for name in done)):
             if not (self.path / file).is_file():
                 raise self._damaged(f"{file} is missing")
         return done
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The lineage lines of `committed()`."""
+        by_folder = {folder_of(line): line for line in self.lineage() if line["kind"] == "task"}
+        return [by_folder[name] for name in self.committed()]
+
     def _damaged(self, what: str) -> DataError:
         return DataError(f"{self.path}: damaged: {what}. Bring the folder back from a copy, or start another output_dir")
 
-    def lineage(self) -> list[dict[str, Any]]:
-        lines = []
-        for text in _read(self.path / "lineage.jsonl").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break  # the line being written when the power went
-            if not isinstance(line, dict) or not {"index", "task", "hash"} <= line.keys():
-                break
-            lines.append(line)
-        return lines
+    def repair(self) -> None:
+        """Finish or drop what was interrupted."""
+        self.committed()  # a damaged folder is left as it is
+        lines = self.lineage()
+        if found := chain_damage(lines):
+            raise self._damaged(found[0])
+        kept = "".join(canonical(line) + "\n" for line in lines)
+        if kept != read(self.path / "lineage.jsonl"):  # a torn last line too: the next commit would go on behind it
+            write_atomic(self.path / "lineage.jsonl", kept)
+        for room, kind in (("tasks", "task"), ("rejected", "reject")):
+            known = {folder_of(line) for line in lines if line["kind"] == kind}
+            for folder in _entries(self.path / room):
+                # its checkpoints say themselves if they count
+                in_progress = folder.name.startswith(f".{len(self.committed()):02d}-") and folder.name.endswith(TRAINING)
+                if folder.name not in known and not in_progress:
+                    shutil.rmtree(folder)
+                elif (folder / GONE).exists():
+                    shutil.rmtree(folder / "model", ignore_errors=True)
+        self._point_model()
+        self.restore_timing()
+
+    # -- commits -----------------------------------------------------------------------------------------------------------------------
 
     def commit(
         self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
         metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], keep: str,
     ) -> dict[str, Any]:  # fmt: skip
-        """Make task `index` durable; returns its lineage line."""
-        name = f"{index:02d}-{task}"
-        work, final = self.path / "tasks" / f".{name}", self.path / "tasks" / name
+        """Make task `index` durable, and its model the current one; returns its lineage line."""
+        line = self._write("task", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry)
+        write_atomic(self.path / "current", folder_of(line) + "\n")
+        self._append(line)
+        self._point_model()
+        self.let_go(keep)
+        return line
+
+    def reject(
+        self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any],
+    ) -> Path:  # fmt: skip
+        """Keep a model that was refused under rejected/, and record it; the current one stays. Returns its folder."""
+        line = self._write("reject", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry)
+        self._append(line)
+        return self.path / "rejected" / folder_of(line)
+
+    def _write(
+        self, kind: str, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        previous, name = self.lineage(), f"{index:02d}-{task}"
+        again = sum(x["kind"] == kind and (x["index"], x["task"]) == (index, task) for x in previous)
+        folder = f"{name}~{again + 1}" if again else name
+        room = self.path / ("tasks" if kind == "task" else "rejected")
+        work, final = room / f".{name}", room / folder
         shutil.rmtree(work, ignore_errors=True)
         (work / "state").mkdir(parents=True)
+        sync(self.path)
         model.save_pretrained(work / "model")
         tokenizer.save_pretrained(work / "model")
         save_memory(work / "state", memory, recorded)
         (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (work / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
-        line = {"kind": "task", "index": index, "task": task, **entry}
-        line["state_sha256"] = _sha_files(work / "state")
-        line["model_sha256"] = model_sha256(model)
-        previous = self.lineage()
-        line["parent"] = previous[-1]["hash"] if previous else ""
-        line["hash"] = hashlib.sha256(canonical(line).encode()).hexdigest()
+        files = manifest(work)
+        if self.current:
+            earlier = self.path / "tasks" / self.current
+            link_unchanged(work, files, earlier, read_manifest(earlier))
+        (work / "files.json").write_text(text := json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
+        line = {"kind": kind, "index": index, "task": task, **({"folder": folder} if again else {}), **entry}
+        line |= {"state_sha256": folder_sha256(work / "state"), "model_sha256": model_sha256(model), "files_sha256": text_sha256(text)}
+        line = _chained(line, previous)
+        (work / "line.json").write_text(canonical(line))
         sync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
-        _sync(final.parent)
+        sync(room)
+        return line
+
+    def _append(self, line: dict[str, Any]) -> None:
         with (self.path / "lineage.jsonl").open("a") as f:
             f.write(canonical(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
+        sync(self.path)
+
+    def rollback(self, to: str) -> dict[str, Any]:
+        """Make an earlier commit the current one, by a task's name, a tag or a folder's name; returns the line that records it.
+
+        Nothing is deleted: a rollback may itself be rolled back. Raises ConfigError for an unknown name, DataError where the model was let go.
+        """
+        name = self.find(to)
+        if name == self.current:
+            raise ConfigError(f"{self.path}: {to} is current already")
+        if not (self.path / "tasks" / name / "model").is_dir() or (self.path / "tasks" / name / GONE).exists():
+            kept = [x for x in self.folders() if (self.path / "tasks" / x / "model").is_dir()]
+            raise DataError(f"{self.path}: the model of {name} is not there, `keep` has let it go. Kept: {', '.join(kept)}")
+        line = _rollback_line(self.lineage(), name)
         write_atomic(self.path / "current", name + "\n")
+        self._append(line)
         self._point_model()
-        self._forget_old(keep)
         return line
 
+    def folders(self) -> list[str]:
+        """Every committed task's folder, those that were rolled back too, in the order they were committed."""
+        return list(branches(self.lineage())[0])
+
+    def find(self, name: str) -> str:
+        """The folder under tasks/ of a task, tag or folder name; of several tasks of one name the one that led to where the run stands, else the latest."""
+        folders, tags = self.folders(), self.tags()
+        if name in folders or name in tags:
+            return tags.get(name, name)
+        of_task = [x for x in folders if task_of(x) == name]
+        if not of_task:
+            known = {*map(task_of, folders), *tags}
+            raise ConfigError(f"{self.path}: no committed task or tag '{name}'{nearest(name, known)}")
+        return next((x for x in of_task if x in self.committed()), of_task[-1])
+
+    def tags(self) -> dict[str, str]:
+        """{tag: folder under tasks/}."""
+        return json.loads(read(self.path / "tags.json") or "{}")
+
+    def tag(self, name: str, tag: str | None) -> None:
+        """Give the commit `name` a tag, or with None take all of its tags away."""
+        folder = self.find(name)
+        if tag is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", tag):
+            raise ConfigError(f"tag {tag!r}: letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64")
+        if tag is not None and tag in {*map(task_of, self.folders()), *self.folders()}:
+            raise ConfigError(f"tag {tag!r}: is the name of a task here; `rollback --to {tag}` would not know which is meant")
+        kept = {t: f for t, f in self.tags().items() if f != folder} if tag is None else self.tags() | {tag: folder}
+        write_atomic(self.path / "tags.json", json.dumps(kept, indent=1, sort_keys=True))
+
     def _point_model(self) -> None:
-        done = self.committed()
         link = self.path / "model"
-        if not done:
+        if not self.current:
             link.unlink(missing_ok=True)
             return
         temporary = self.path / ".model"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path("tasks") / done[-1] / "model")
+        temporary.symlink_to(Path("tasks") / self.current / "model")
         temporary.replace(link)
 
-    def _forget_old(self, keep: str) -> None:
-        if keep != "all":
-            for name in self.committed()[: -int(keep.split()[1])]:
-                shutil.rmtree(self.path / "tasks" / name / "model", ignore_errors=True)
+    def let_go(self, keep: str) -> list[Path]:
+        """Delete the models that `keep` (all, last N, tagged) does not keep, refused ones among them; returns their folders. The current model always stays."""
+        if keep == "all":
+            return []
+        stays = {self.current, *self.tags().values()}
+        if keep != "tagged":
+            stays |= set(self.committed()[-int(keep.split()[1]) :])
+        gone = [self.path / "tasks" / name for name in self.folders() if name not in stays]
+        gone += [p for p in _entries(self.path / "rejected") if not p.name.startswith(".")]
+        gone = [folder for folder in gone if (folder / "model").is_dir()]
+        for folder in gone:
+            (folder / GONE).touch()  # first: a kill in between leaves half a model, and says that it is none
+            sync(folder)
+            shutil.rmtree(folder / "model", ignore_errors=True)
+        return gone
 
-    # -- reading back ----------------------------------------------------------------------------------------------------------------
+    # -- reading back ------------------------------------------------------------------------------------------------------------------
 
     def training(self, index: int, task: str) -> Path:
         """Where the checkpoints of a task in progress lie."""
@@ -189,7 +318,7 @@ class RunFolder:
     def model_of(self, task: str) -> Path:
         """The model that was committed with a task. Raises DataError where `keep` has let it go."""
         for name in self.committed():
-            if name.partition("-")[2] == task and (model := self.path / "tasks" / name / "model").is_dir():
+            if task_of(name) == task and (model := self.path / "tasks" / name / "model").is_dir():
                 return model
         raise DataError(f"{self.path}: the model of task '{task}' is not there; `keep: all` keeps every task's")
 
@@ -202,16 +331,26 @@ class RunFolder:
         file = self.path / "tasks" / name / "state" / "inputs.safetensors"
         return load_file(file) if file.is_file() else {}
 
-    def metrics(self, name: str) -> dict[str, Any]:
-        file = self.path / "tasks" / name / "metrics.json"
+    def metrics(self, name: str, room: str = "tasks") -> dict[str, Any]:
+        file = self.path / room / name / "metrics.json"
         try:
             return json.loads(file.read_text())
         except ValueError:
             raise self._damaged(f"{file.relative_to(self.path)} is not valid JSON") from None
 
-    def note_task(self, metrics: dict[str, Any], seconds: dict[str, Any]) -> None:
+    def scores(self, name: str, task: str, scorer: str) -> dict[int, float]:
+        """{row: score} of one task's rows as they were scored when `name` was committed."""
+        lines = map(json.loads, read(self.path / "tasks" / name / "predictions.jsonl").splitlines())
+        return {line["row"]: line["score"][scorer] for line in lines if line["task"] == task and line["score"].get(scorer) is not None}
+
+    def answers(self, name: str, task: str) -> dict[int, dict[str, str | None]]:
+        """{row: what the model said} of one task when `name` was committed; empty where the run stores no rows."""
+        lines = map(json.loads, read(self.path / "tasks" / name / "predictions.jsonl").splitlines())
+        return {line["row"]: line["prediction"] for line in lines if line["task"] == task and "prediction" in line}
+
+    def note_task(self, metrics: dict[str, Any], seconds: dict[str, Any], folder: str = "") -> None:
         """Append a task's steps and numbers to timing.jsonl, which is beside the lineage because clocks differ."""
-        place = {"task": metrics["task"], "index": metrics["index"]}
+        place = {"task": metrics["task"], "index": metrics["index"]} | ({"folder": folder} if "~" in folder else {})
         events = [{"event": "step", **place, **step} for step in metrics["steps"]] + [{"event": "task", **place, **seconds, **metrics["protection"]}]
         file = self.path / "timing.jsonl"
         torn = file.is_file() and not file.read_bytes().endswith(b"\n")
@@ -220,96 +359,103 @@ class RunFolder:
 
     def restore_timing(self) -> None:
         """A kill right after a commit loses its lines in timing.jsonl: write them again, without the seconds, which nobody measured."""
-        noted = _read(self.path / "timing.jsonl")
+        noted = read(self.path / "timing.jsonl")
         for name in self.committed():
             metrics = self.metrics(name)
-            if f'"event": "task", "task": {json.dumps(metrics["task"])}, "index": {metrics["index"]},' not in noted:
-                self.note_task(metrics, {})
+            place = {"task": metrics["task"], "index": metrics["index"]} | ({"folder": name} if "~" in name else {})
+            if f'"event": "task", {json.dumps(place)[1:-1]},' not in noted:
+                self.note_task(metrics, {}, name)
 
     def check_model(self, model: nn.Module, name: str) -> None:
         """Raise DataError unless `model` is what the commit `name` recorded."""
-        line = next(x for x in self.lineage() if f"{x['index']:02d}-{x['task']}" == name)
-        if model_sha256(model) != line["model_sha256"]:
+        if model_sha256(model) != next(x for x in self.lines() if folder_of(x) == name)["model_sha256"]:
             raise self._damaged(f"tasks/{name}/model is not the model that was committed (its hash differs from lineage.jsonl)")
 
+    def damage(self, line: dict[str, Any]) -> list[str]:
+        """What is wrong with the files of one commit or rejection, a sentence each, beginning with the file; empty where all is as it was written."""
+        place = f"{'tasks' if line['kind'] == 'task' else 'rejected'}/{folder_of(line)}"
+        folder = self.path / place
+        if not folder.is_dir():
+            return [f"{place}: is missing"]
+        if "files_sha256" not in line:  # of a version that had no files.json: what its line knows of
+            return [] if folder_sha256(folder / "state") == line["state_sha256"] else [f"{place}/state: is not what was committed"]
+        if text_sha256(read(folder / "files.json")) != line["files_sha256"]:
+            return [f"{place}/files.json: is not what was committed"]
+        gone, found = (folder / GONE).exists(), []
+        for path, entry in read_manifest(folder).items():
+            file = folder / path
+            if gone and path.startswith("model/"):
+                continue
+            if not file.is_file():
+                found.append(f"{place}/{path}: is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                found.append(f"{place}/{path}: has {file.stat().st_size} bytes, {entry['bytes']} were committed")
+            elif file_sha256(file) != entry["sha256"]:
+                found.append(f"{place}/{path}: its bytes are not those that were committed")
+        return found
 
-def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in memory.tensors.items()}, folder / "method.safetensors")
-    (folder / "method.json").write_text(json.dumps(memory.info, sort_keys=True))
-    if "adapter_config" in memory.info:  # the same tensors under the name PEFT looks for
-        (folder / "adapter_config.json").write_text(json.dumps(memory.info["adapter_config"], sort_keys=True))
-        adapter = {k: v.contiguous() for k, v in memory.tensors.items() if k.startswith("base_model.model.")}
-        if len(adapter) == len(memory.tensors):
-            os.link(folder / "method.safetensors", folder / "adapter_model.safetensors")
-        else:  # what else a method keeps is not PEFT's to read
-            save_file(adapter, folder / "adapter_model.safetensors")
-    if recorded:
-        save_file(recorded, folder / "inputs.safetensors")
-
-
-def load_memory(folder: str | Path) -> Memory:
-    """A method's memory from a committed task's state/ folder."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    if not (folder / "method.safetensors").is_file():
-        raise DataError(f"{folder}: no method.safetensors; give the state folder of a committed task, such as runs/first/tasks/00-cities/state")
-    # clone: safetensors leaves a tensor at any address of its file, and by a matrix's address modulo 64 a product may round otherwise than in the process that made it
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "method.safetensors").items()}
-    return Memory(tensors, json.loads((folder / "method.json").read_text()))
-
-
-def model_sha256(model: nn.Module) -> str:
-    """sha256 over (name, dtype, shape, raw bytes) of the sorted state dict, a tied tensor once."""
-    digest, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    def check_files(self, lines: list[dict[str, Any]]) -> None:
+        """Raise DataError, naming the files, where those of the given commits are not what was written."""
+        if found := [what for line in lines for what in self.damage(line)]:
+            raise self._damaged("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
 
 
-def canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def folder_of(line: dict[str, Any]) -> str:
+    """The folder's name of a task or reject line, of a rollback the one that became current."""
+    return line.get("to") or line.get("folder") or f"{line['index']:02d}-{line['task']}"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old text or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+def task_of(folder: str) -> str:
+    """The task's name in that of its folder.
+
+    >>> task_of("01-cities"), task_of("01-cities~2")
+    ('cities', 'cities')
+    """
+    return folder.partition("-")[2].partition("~")[0]
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+def branches(lines: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str]]:
+    """({folder: the folders from the first task to it} of every commit, the same of where the last line leaves the run)."""
+    paths: dict[str, list[str]] = {}
+    head: list[str] = []
+    for line in lines:
+        if line["kind"] == "task":
+            head = paths[folder_of(line)] = [*head[: line["index"]], folder_of(line)]
+        elif line["kind"] == "rollback":
+            head = paths.get(line["to"], head)
+    return paths, head
 
 
-def _sha_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+def chain_damage(lines: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with the lines themselves: each one's hash is over its own content, and its parent the hash before it."""
+    found, parent = [], ""
+    for number, line in enumerate(lines, 1):
+        content = {key: value for key, value in line.items() if key != "hash"}
+        if text_sha256(canonical(content)) != line["hash"]:
+            found.append(f"line {number} of lineage.jsonl ({line['kind']} {line['task']}) is not what was written")
+        elif line.get("parent") != parent:
+            found.append(f"line {number} of lineage.jsonl ({line['kind']} {line['task']}) does not follow the one before it")
+        parent = line["hash"]
+    return found
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def read_manifest(folder: Path) -> Manifest:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return json.loads(read(folder / "files.json") or "{}").get("files", {})
+    except ValueError:
+        return {}
 
 
-def sync_tree(folder: Path) -> None:
-    for directory, _, files in os.walk(folder):
-        for file in files:
-            _sync(Path(directory) / file)
-        _sync(Path(directory))
+def _chained(line: dict[str, Any], previous: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line with its parent's hash and its own, over its canonical JSON."""
+    line = line | {"parent": previous[-1]["hash"] if previous else ""}
+    return line | {"hash": text_sha256(canonical(line))}
+
+
+def _rollback_line(lines: list[dict[str, Any]], to: str) -> dict[str, Any]:
+    target = next(x for x in lines if x["kind"] == "task" and folder_of(x) == to)
+    return _chained({"kind": "rollback", "index": target["index"], "task": target["task"], "to": to}, lines)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -27,19 +27,22 @@ from .errors import ConfigError, ForgetlessError
 from .estimate import check_bits
 from .evaluation.drift import record_inputs, weight_leak
 from .evaluation.matrix import AccuracyMatrix
-from .lineage import RunFolder, model_sha256, write_atomic
+from .files import write_atomic
+from .gating import Gate
+from .lineage import RunFolder
 from .methods import get
 from .methods.base import Memory, Method
 from .products import full_precision
 from .progress import Progress
 from .protect import encode, fingerprint, read_prompts
 from .record import (
+    answers,
     check_same_run,
     check_store,
     checkpoint_key,
-    config_sha256,
     cover,
     evaluate,
+    measured,
     peak_bytes,
     protection,
     resolve,
@@ -48,6 +51,7 @@ from .record import (
     write_config,
     write_matrix,
 )
+from .state import model_sha256
 from .tasks import TaskStream, load_stream
 from .trainer import train_task, training_arguments
 
@@ -80,18 +84,23 @@ def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str,
     for warning in stream.warnings(config.evaluate.split):
         progress.say(f"warning: {warning}")
     with opened(config, stream) as (folder, done):
-        if len(done) < len(stream):
-            learn(folder, config, stream, method, done, progress)
-        matrices = distributed.on_main(lambda: write_matrix(folder, config, stream))
-        distributed.leave_at_exit()
-        return Result(folder.path, matrices, len(done), watched(folder, stream))
+        try:
+            if len(done) < len(stream):
+                learn(folder, config, stream, method, done, progress)
+        finally:
+            matrices = distributed.on_main(lambda: write_matrix(folder, measured(config, stream))) if folder.current else {}
+            distributed.leave_at_exit()
+        return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]))
 
 
 def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
     """Every task of the stream that is not committed yet."""
-    model, tokenizer, memory = start(folder, config, stream, method, done, progress)
+    gate = Gate(config, folder, stream, progress)
+    model, tokenizer, memory = start(folder, config, stream, method, gate, done, progress)
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
+        if line := gate.kept_aside(task, index):
+            return gate.stop(line)
         progress.tasks(index, len(stream))
         set_seed(seed)  # torch, numpy and Python: a method may draw from any
         begun = time.perf_counter()
@@ -124,41 +133,30 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         # evaluate: one row of the matrix, and what has become of the inputs of earlier tasks
         seen = len(stream) if config.evaluate.unseen else index + 1
         row = evaluate(model, tokenizer, stream, seen, config, trained.autocast, progress, method, memory)
+        score = partial(answers, model, tokenizer, config, trained.autocast, progress, method, memory)
         if distributed.world_size() > 1 and distributed.differ(model_sha256(model)):
             raise ForgetlessError(f"task '{task.name}': the processes hold different models after training; nothing was committed")
-        if not distributed.is_main():
-            distributed.barrier()
-            continue
-        recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
-        coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
-        kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
+        judged = gate.judge(index, row.predictions, score)
+        further = gate.further(task, row.predictions, judged, score)
 
-        # commit: after this line the task is learned, whatever happens
-        entry = {"data_sha256": task.sha256, "config_sha256": config_sha256(config), "scores": row.scores}
-        if stream.watch:
-            entry |= {"watch": row.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
-        metrics = {
-            "task": task.name,
-            "index": index,
-            "scores": row.scores,
-            "n": row.n,
-            "failures": row.failures,
-            "watch": row.watch,
-            "protection": kept,
-            "steps": trained.steps,
-        }
-        folder.commit(index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry, config.keep)
-        checkpoints.drop()
-
-        seconds = {
-            "train_seconds": trained_at - begun + checkpoints.seconds,
-            "eval_seconds": time.perf_counter() - trained_at,
-            "peak_bytes": peak_bytes(),
-        }
-        folder.note_task(metrics, seconds)
-        write_matrix(folder, config, stream)
-        progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
+        # commit, or keep aside what the gate refuses: after this line it is so, whatever happens
+        if distributed.is_main():
+            recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
+            coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
+            kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
+            metrics = row.metrics(task.name, index) | {"protection": kept, "steps": trained.steps} | gate.metrics(index, judged, further)
+            entry = gate.attempt(task, index) | row.entry(stream) | gate.entry(judged)
+            content = (index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry)
+            folder.reject(*content) if gate.keeps_aside(judged) else folder.commit(*content, config.keep)
+            checkpoints.drop()
+            if not gate.keeps_aside(judged):
+                seconds = {"train_seconds": trained_at - begun + checkpoints.seconds, "eval_seconds": time.perf_counter() - trained_at}
+                folder.note_task(metrics, seconds | {"peak_bytes": peak_bytes()}, folder.current)
+                write_matrix(folder, measured(config, stream))
+                progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
         distributed.barrier()
+        if gate.keeps_aside(judged):
+            return gate.stop(folder.lineage()[-1])
 
 
 @contextmanager
@@ -179,10 +177,12 @@ def opened(config: RunConfig, stream: TaskStream) -> Iterator[tuple[RunFolder, l
             folder.close()
 
 
-def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress):
+def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, gate: Gate, done: list[str], progress: Progress):
     """(model, tokenizer, memory) where the run stands: after the last committed task, or at the pretrained model."""
     prompts = read_prompts(config.protect_from) if config.protect_from and not done else []  # later it is in the method's memory
     source = str(folder.path / "tasks" / done[-1] / "model") if done else config.model
+    if done and distributed.is_main():
+        folder.check_files(folder.lines()[-1:])
     load = partial(models.load, trust_remote_code=config.trust_remote_code, dtype=getattr(torch, config.dtype))
     model, tokenizer = load(source)
     if torch.cuda.is_available() and not config.train.get("use_cpu"):
@@ -209,7 +209,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if done:
         folder.check_model(model, done[-1])
     elif distributed.is_main():
-        for name in ("before.json", "watch.json"):
+        for name in ("before.json", "watch.json", "watch_scores.json"):
             (folder.path / name).unlink(missing_ok=True)  # of an attempt that committed nothing
     if prompts:
         progress.stage("protecting the inputs of protect_from", len(prompts))
@@ -222,6 +222,9 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         before = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else 0, config, config.train["bf16"], progress)
         if config.evaluate.unseen and distributed.is_main():
             write_atomic(folder.path / "before.json", json.dumps(before.scores))
+        score = partial(answers, model, tokenizer, config, config.train["bf16"], progress, None, None)
+        rows = {task.name: gate.reference(task, before.predictions, score) for task in stream.watch}
         if stream.watch and distributed.is_main():
+            write_atomic(folder.path / "watch_scores.json", json.dumps(rows))
             write_atomic(folder.path / "watch.json", json.dumps(before.watch))
     return model, tokenizer, memory

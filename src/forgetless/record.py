@@ -18,11 +18,12 @@ from .errors import ConfigError
 from .evaluation.drift import measure_coverage
 from .evaluation.matrix import AccuracyMatrix, wilson
 from .evaluation.scorers import Prediction, failures, score_rows
-from .lineage import RunFolder, canonical, write_atomic
+from .files import canonical, write_atomic
+from .lineage import RunFolder
 from .methods import get
 from .methods.base import Memory, Method
 from .progress import Progress
-from .tasks import Task, TaskStream, sample
+from .tasks import Example, Task, TaskStream, sample
 from .trainer import DEFAULTS
 
 
@@ -35,6 +36,15 @@ class Row:
     failures: dict[str, dict[str, float]] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
     watch: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def metrics(self, task: str, index: int) -> dict[str, Any]:
+        """What metrics.json says of the row."""
+        return {"task": task, "index": index, "scores": self.scores, "n": self.n, "failures": self.failures, "watch": self.watch}
+
+    def entry(self, stream: TaskStream) -> dict[str, Any]:
+        """What the lineage says of it."""
+        watch = {"watch": self.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
+        return {"scores": self.scores} | (watch if stream.watch else {})
 
     def summary(self) -> str:
         """The first scorer's scores, for one line of progress."""
@@ -50,24 +60,16 @@ def evaluate(
 
     method: which model answers which row, as its `answering` says from its memory; None: `model` all.
     """
-    e, scorers, answering = config.evaluate, config.scorers, (method or Method()).answering
+    e, scorers = config.evaluate, config.scorers
     row = Row({name: [None] * len(stream) for name in scorers})
     scored = [*stream.tasks[:tasks], *stream.watch]
     chosen = [sample(task.split(e.split), e.limit, config.seed) for task in scored]
     counted = [f"{tasks} task{'s' if tasks > 1 else ''}"] * (tasks > 0) + [f"{len(stream.watch)} watched"] * bool(stream.watch)
     progress.stage(f"{stream[tasks - 1].name if tasks else 'before'}: scoring {' and '.join(counted)}", sum(map(len, chosen)))
     for j, (task, rows) in enumerate(zip(scored, chosen, strict=True)):
-        before = len(row.predictions)
-        mine, found = distributed.shared(range(len(rows))), []
-        for places, answerer in answering(model, task, [rows[i] for i in mine], memory):
-            chosen_rows, done = [mine[k] for k in places], before + len(found) * distributed.world_size()
-            with answerer as speaker:
-                predictions = score_rows(
-                    speaker, tokenizer, task, [rows[i] for i in chosen_rows], scorers, batch_size=e.batch_size, autocast=autocast,
-                    advance=lambda k, done=done: progress.advance(done + k * distributed.world_size()), of=rows,
-                )  # fmt: skip
-            found += zip(chosen_rows, predictions, strict=True)
-        predictions = [p for _, p in sorted(distributed.gathered(found), key=lambda pair: pair[0])]
+        if task.missing:
+            continue
+        predictions = answers(model, tokenizer, config, autocast, progress, method, memory, task, rows, before=len(row.predictions))
         values = {name: [p.score(name) for p in predictions] for name in scorers}
         means = {name: None if None in v else sum(v) / len(v) for name, v in values.items()}
         row.n[task.name] = len(rows)
@@ -79,6 +81,26 @@ def evaluate(
         else:
             row.watch[task.name] = {name: mean for name, mean in means.items() if mean is not None}
     return row
+
+
+def answers(
+    model, tokenizer, config: RunConfig, autocast: bool, progress: Progress, method: Method | None, memory: Memory | None,
+    task: Task, rows: list[Example], of: list[Example] | None = None, before: int = 0,
+) -> list[Prediction]:  # fmt: skip
+    """Score `rows` of one task, by the model that the method answers them with; several processes share the rows.
+
+    before: rows of the stage that are done; of: the rows whose longest answer says how long a generated one may be, `rows` by default.
+    """
+    mine, found = distributed.shared(range(len(rows))), []
+    for places, answerer in (method or Method()).answering(model, task, [rows[i] for i in mine], memory):
+        chosen, done = [mine[k] for k in places], before + len(found) * distributed.world_size()
+        with answerer as speaker:
+            predictions = score_rows(
+                speaker, tokenizer, task, [rows[i] for i in chosen], config.scorers, batch_size=config.evaluate.batch_size, autocast=autocast,
+                advance=lambda k, done=done: progress.advance(done + k * distributed.world_size()), of=of or rows,
+            )  # fmt: skip
+        found += zip(chosen, predictions, strict=True)
+    return [p for _, p in sorted(distributed.gathered(found), key=lambda pair: pair[0])]
 
 
 def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict, recorded: dict) -> dict[str, dict[str, float]]:
@@ -106,21 +128,41 @@ def stored(predictions: list[Prediction], config: RunConfig) -> list[dict[str, A
     for p in predictions:
         line: dict[str, Any] = {"row": p.row, "task": p.task, "score": {name: p.score(name) for name in config.scorers}}
         if config.store == "rows":
-            line |= {"answer": p.answer, "prediction": {"choice": p.choice, "calibrated": p.calibrated, "exact_match": p.text}}
+            line |= {"answer": p.answer, "prediction": p.said}
         lines.append(line)
     return lines
 
 
-def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> dict[str, AccuracyMatrix]:
+@dataclass
+class Measured:
+    """What a run measures: the scorers, and the tasks and watch sets, each with its own metric."""
+
+    scorers: list[str]
+    tasks: dict[str, str]
+    watch: dict[str, str]
+
+
+def measured(config: RunConfig, stream: TaskStream) -> Measured:
+    return Measured(config.scorers, {t.name: t.own_metric for t in stream}, {t.name: t.own_metric for t in stream.watch})
+
+
+def measured_in(folder: RunFolder) -> Measured:
+    """The same of a run that is there, from run.yaml and matrix.json: no data is read."""
+    config = load_config(folder.path / "run.yaml")
+    own = (_read_json(folder, "matrix.json") or {}).get("metric_of", {})
+    return Measured(config.scorers, {t.name: own.get(t.name, "") for t in config.tasks}, {t.name: own.get(t.name, "") for t in config.watch})
+
+
+def write_matrix(folder: RunFolder, of: Measured) -> dict[str, AccuracyMatrix]:
     """matrix.json from the committed tasks, and the matrices themselves by scorer."""
-    names, width = [t.name for t in stream], len(stream)
+    names, width = list(of.tasks), len(of.tasks)
     done = [folder.metrics(name) for name in folder.committed()]
     before = _read_json(folder, "before.json")
 
     def padded(scores: dict[str, list[float | None]], scorer: str) -> list[float | None]:
         rows = {name: (row + [None] * width)[:width] for name, row in scores.items()}  # tasks may have joined the stream since
         if scorer == "metric" and scorer not in rows:  # nor did any task name a metric then: each one's was one of the other scores
-            rows[scorer] = [rows.get(task.own_metric, [None] * width)[j] for j, task in enumerate(stream)]
+            rows[scorer] = [rows.get(own, [None] * width)[j] for j, own in enumerate(of.tasks.values())]
         return rows[scorer]
 
     matrices = {
@@ -129,7 +171,7 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
             [padded(r["scores"], scorer) for r in done],
             padded(before, scorer) if before and (scorer in before or scorer == "metric") else None,
         )
-        for scorer in config.scorers
+        for scorer in of.scorers
     }
     n = {k: v for r in done for k, v in r["n"].items()}
     content = {
@@ -140,21 +182,21 @@ def write_matrix(folder: RunFolder, config: RunConfig, stream: TaskStream) -> di
         "ci95": {s: [[None if a is None else wilson(a, n[names[j]]) for j, a in enumerate(row)] for row in m.rows] for s, m in matrices.items()},
         "metrics": {s: m.metrics() for s, m in matrices.items()},
         "failures": {key: [[r["failures"].get(t, {}).get(key) for t in names] for r in done] for key in ("other_task_label", "wrong_in_set")},
-        "watch": watched(folder, stream),
+        "watch": watched(folder, list(of.watch)),
     }
     if "metric" in matrices:
-        content["metric_of"] = {task.name: task.own_metric for task in (*stream, *stream.watch)}
+        content["metric_of"] = of.tasks | of.watch
     write_atomic(folder.path / "matrix.json", json.dumps(content, indent=1))
     return matrices
 
 
-def watched(folder: RunFolder, stream: TaskStream) -> dict[str, dict[str, list[float | None]]]:
+def watched(folder: RunFolder, names: list[str]) -> dict[str, dict[str, list[float | None]]]:
     """{name: {scorer: [before the first task, after each]}} of the watch sets."""
-    rows = [_read_json(folder, "watch.json"), *(folder.metrics(name)["watch"] for name in folder.committed())] if stream.watch else []
+    rows = [_read_json(folder, "watch.json"), *(folder.metrics(name)["watch"] for name in folder.committed())] if names else []
     found: dict[str, dict[str, list[float | None]]] = {}
-    for task in stream.watch:
-        values = [(row or {}).get(task.name, {}) for row in rows]
-        found[task.name] = {scorer: [v.get(scorer) for v in values] for scorer in dict.fromkeys(s for v in values for s in v)}
+    for name in names:
+        values = [(row or {}).get(name, {}) for row in rows]
+        found[name] = {scorer: [v.get(scorer) for v in values] for scorer in dict.fromkeys(s for v in values for s in v)}
     return found
 
 
@@ -171,7 +213,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
     Of the watch sets this is the config; their rows are in the lineage, as those of the tasks are.
     """
-    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every")}
+    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every", "gate", "probes")}
 
 
 def resolve(config: RunConfig, method: Method, args) -> RunConfig:
@@ -186,8 +228,18 @@ def config_sha256(config: RunConfig) -> str:
 
 def checkpoint_key(folder: RunFolder, config: RunConfig, task: Task, index: int, memory: Memory) -> dict[str, Any]:
     """What must be the same for a task to go on from a checkpoint: the settings, its data, its place, the commit before it, and what was protected first."""
-    parent, protected = folder.lineage()[index - 1]["hash"] if index else "", memory.info.get("protect_from")
-    return {"config": config_sha256(config), "data": task.sha256, "index": index, "parent": parent, "protect_from": protected}
+    return {
+        "config": config_sha256(config),
+        "data": task.sha256,
+        "index": index,
+        "parent": head(folder),
+        "protect_from": memory.info.get("protect_from"),
+    }
+
+
+def head(folder: RunFolder) -> str:
+    """The hash of the current commit's line; "" before the first."""
+    return folder.lines()[-1]["hash"] if folder.current else ""
 
 
 def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> list[str]:
@@ -200,13 +252,13 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
         old.method = MethodConfig(name=old.method.name, **get(old.method.name, **old.method.options).options.model_dump())
     for key, was, now in differences(comparable(old), comparable(config)):
         raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
-    for line, task in zip(folder.lineage(), [*stream, *[None] * len(done)], strict=False):
+    for line, task in zip(folder.lines(), [*stream, *[None] * len(done)], strict=False):
         if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256:
             changed = "has other data or another prompt, metric or answer length"
             what = "is missing" if task is None else "has another name" if line["task"] != task.name else changed
             place = f"tasks.{line['index']} ('{line['task']}', already learned)"
             raise ConfigError(f"output_dir {folder.path}: {place} {what}; only tasks after the learned ones may change")
-    known = folder.lineage()[0].get("watch_sha256", {})
+    known = folder.lines()[0].get("watch_sha256", {})
     for watched in stream.watch:
         if known.get(watched.name) != watched.sha256:
             raise ConfigError(

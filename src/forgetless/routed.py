@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from . import models
 from .adapters import carrying
 from .errors import ConfigError, DataError
-from .lineage import load_memory
 from .methods.base import Memory
 from .router import Analytic, Choice, Keys, choose, features
+from .state import load_memory
 
 OWNER = "routed"  # under which the method keeps its memory
 ROUTERS = {"analytic": Analytic, "keys": Keys}

@@ -58,6 +58,7 @@ class Task:
     chat: bool = False
     metric: str | None = None
     max_new_tokens: int | None = None
+    missing: str = ""  # why its rows are not there: a task learned long ago, whose file is gone; it is neither trained nor measured
 
     def __post_init__(self):
         if not self.sha256:
@@ -265,8 +266,12 @@ def sample(rows: Sequence[Example], limit: int | None, seed: int) -> list[Exampl
     """At most `limit` rows, the same for the same seed and file, in their order there."""
     if limit is None or len(rows) <= limit:
         return list(rows)
-    chosen = sorted(rows, key=lambda e: _sha(f"{seed}\0{e.text}\0{e.answer}\0{e.row}"))[:limit]
-    return sorted(chosen, key=lambda e: e.row)
+    return sorted(shuffled(rows, seed)[:limit], key=lambda e: e.row)
+
+
+def shuffled(rows: Sequence[Example], seed: int) -> list[Example]:
+    """In an order that has nothing to do with them, the same for the same seed and file; `sample` takes the first ones."""
+    return sorted(rows, key=lambda e: _sha(f"{seed}\0{e.text}\0{e.answer}\0{e.row}"))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..lineage import write_atomic
+from ..files import write_atomic
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Prediction:
     text: str | None = None
     metric: float | None = None
 
+    @property
+    def said(self) -> dict[str, str | None]:
+        """The answer in each way of asking for one."""
+        return {"choice": self.choice, "calibrated": self.calibrated, "exact_match": self.text}
+
     def score(self, scorer: str) -> float | None:
         if scorer == "metric":
             return self.metric

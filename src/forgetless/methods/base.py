@@ -37,7 +37,8 @@ class Memory:
     def spaces(self, kind: str = "") -> dict[str, Subspace]:
         """Module -> its protected space, as `keep` has put it there. kind: for a method that keeps more than one a module."""
         ending = f"{'@' if kind else ''}{kind}.basis"
-        names = [key.removesuffix(ending) for key in self.tensors if key.endswith(ending) and ("@" in key) == bool(kind)]
+        # sorted: what is read back from a file comes in another order, and a sum over layers would round otherwise
+        names = [key.removesuffix(ending) for key in sorted(self.tensors) if key.endswith(ending) and ("@" in key) == bool(kind)]
         return {name: Subspace(self.tensors[name + ending], self.tensors[name + ending.replace(".basis", ".energy")]) for name in names}
 
     def of(self, owner: str) -> dict[str, Tensor]:

@@ -74,6 +74,7 @@ class GainLoRA(LoRA):
         super().__init__(**options)
         self.spaces: dict[str, Subspace] = {}  # M_l, by the names of their G_l
         self.held = 0  # bytes of all old branches and gates
+        self.begun = torch.empty(0)  # the new gate's last layer as the task began
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.go_on(model, memory)
@@ -93,7 +94,21 @@ class GainLoRA(LoRA):
                         task.name,
                     )
             last.copy_(direction * (STEEP / length))
+            self.begun = last.clone()
         return model
+
+    def resume_task(self, model: nn.Module, task: Any, memory: Memory, state: dict[str, Tensor]) -> nn.Module:
+        model = super().resume_task(model, task, memory, state)
+        with torch.no_grad():  # the checkpoint brings what it has become; what it leaked is measured from here
+            model.get_submodule(PLACE).new[-1].copy_(self.begun)
+        return model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {"begun": self.begun}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.begun = state["begun"]
+        super().load_state_dict(state)
 
     @torch.no_grad()
     def go_on(self, model: nn.Module, memory: Memory) -> nn.Module:

@@ -1,0 +1,76 @@
+"""Files that last: written whole or not at all, hashed, and shared with an earlier commit where nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Manifest = dict[str, dict[str, Any]]  # path below a folder -> {"sha256", "bytes"}
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    for directory, _, files in os.walk(folder):
+        for file in files:
+            sync(Path(directory) / file)
+        sync(Path(directory))
+
+
+def manifest(folder: Path) -> Manifest:
+    """Every file below `folder`, by its path there."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+
+
+def link_unchanged(folder: Path, files: Manifest, earlier: Path, earlier_files: Manifest) -> None:
+    """Replace each of `files` in `folder` that lies in `earlier` with the same bytes by a hard link to it. Where the file system has none, the copy stays."""
+    known = {entry["sha256"]: path for path, entry in earlier_files.items()}
+    for path, entry in files.items():
+        source = earlier / known.get(entry["sha256"], "")
+        # the bytes themselves, not what was once written of them: a damaged file must not spread
+        if source == earlier or not source.is_file() or os.path.samefile(source, folder / path) or file_sha256(source) != entry["sha256"]:
+            continue
+        beside = (folder / path).with_name(f".{Path(path).name}.link")
+        with contextlib.suppress(OSError):
+            os.link(source, beside)
+            beside.replace(folder / path)
+        beside.unlink(missing_ok=True)
