@@ -19,7 +19,7 @@ from forgetless.config import load_config
 from forgetless.loop import run as learn
 from forgetless.methods import REGISTRY
 
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if not command.hidden]
 STEPS = 6
 
 

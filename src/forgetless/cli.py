@@ -6,12 +6,17 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import ConfigError, DataError, ForgetlessError
+
+if TYPE_CHECKING:
+    from .loop import Result
+    from .progress import Progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 state = {"debug": False}
@@ -40,21 +45,63 @@ def run(
     Example: forgetless run first.yaml method.rank=4 output_dir=runs/rank4
     """
     from .config import load_config
+
+    settings = load_config(config, overrides or [])
+
+    def work(shown: Progress) -> Result:
+        from .loop import run
+
+        return run(settings, progress=shown)
+
+    learn(work, Path(settings.output_dir), progress, as_json)
+
+
+@app.command()
+def add(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    name: Annotated[str, typer.Option("--name", help="The new task's name.")],
+    data: Annotated[str | None, typer.Option("--data", help="Its rows, as `data` of a task in a config; or give suite=...")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="key=value on the new task's keys, e.g. test=t.jsonl train.max_steps=100; also gate.*, probes.*, keep.")
+    ] = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Take tasks that the run was to learn, and has not, out of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    progress: Annotated[str, typer.Option(help="rich, json (one object a line on stderr), or none.")] = "rich",
+) -> None:
+    """Learn one more task on a finished run. No old data is needed; what of it is still there is measured.
+
+    Example: forgetless add runs/first --data tickets.jsonl --name tickets gate.max_worst_task=0.02
+    """
+
+    def work(shown: Progress) -> Result:
+        from .adding import add
+
+        return add(run_dir, name, data, options or [], shown, discard)
+
+    learn(work, run_dir, progress, as_json)
+
+
+def learn(work: Callable[[Progress], Result], run_dir: Path, progress: str, as_json: bool) -> None:
+    """Do the work with the progress that was asked for, write the report whatever the gate says, and print the result."""
     from .progress import JsonProgress, Progress, RichProgress
 
     kinds = {"rich": RichProgress, "json": JsonProgress, "none": Progress}
     if progress not in kinds:
         raise ConfigError(f"--progress {progress}: rich, json or none")
-    settings = load_config(config, overrides or [])
     quiet_libraries()
+    from .config import load_config
     from .distributed import launched_rank
-    from .loop import run as learn
+    from .errors import GateRejected
     from .report import write_report
     from .report.terminal import print_matrix, print_watch
 
     shown = kinds[progress if launched_rank() == 0 else "none"]()
     try:
-        result = learn(settings, progress=shown)
+        result = work(shown)
+    except GateRejected:
+        if launched_rank() == 0 and (run_dir / "matrix.json").is_file():
+            write_report([run_dir], run_dir / "report.html")
+        raise
     finally:
         shown.close()
     if launched_rank():
@@ -63,13 +110,126 @@ def run(
     if as_json:
         print((result.path / "matrix.json").read_text())
         return
+    settings, done = load_config(result.path / "run.yaml"), len(result.matrix.rows)
     if result.resumed_at == len(settings.tasks):
         print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
     for scorer, matrix in result.matrices.items():
         print_matrix(matrix, scorer, settings.method.name)
-    if result.watch:
-        print_watch(result.watch, settings.tasks[-1].name)
+    if result.watch and done:
+        print_watch(result.watch, settings.tasks[done - 1].name)
     print(f"model   {result.path / 'model'}\nreport  {report}")
+
+
+@app.command()
+def log(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What was learned, refused and rolled back in a run, in order.
+
+    Example: forgetless log runs/first
+    """
+    from . import history
+    from .report.terminal import print_log
+
+    entries = history.log(run_dir)
+    print(json.dumps(entries, indent=1)) if as_json else print_log(entries)
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Check every hash of a run, and list what it keeps of each task's data. Exit status 4 where a file is damaged.
+
+    Example: forgetless verify runs/first
+    """
+    from . import history
+    from .report.terminal import print_verify
+
+    found = history.verify(run_dir)
+    print(json.dumps(found, indent=1)) if as_json else print_verify(str(run_dir), found)
+    if found["damage"]:
+        raise DataError(f"{run_dir}: damaged: {found['damage'][0]}. Bring the folder back from a copy")
+
+
+@app.command()
+def rollback(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    to: Annotated[str, typer.Option("--to", help="A task, a tag, or a folder's name as `forgetless log` shows it.")],
+) -> None:
+    """Make the model of an earlier task the current one. Nothing is deleted, and going forward again is a rollback too.
+
+    Example: forgetless rollback runs/first --to cities
+    """
+    from . import history
+    from .report import write_report
+
+    line = history.rollback(run_dir, to)
+    write_report([run_dir], run_dir / "report.html")
+    print(f"{run_dir}: current is {line['to']}; model {run_dir / 'model'}")
+
+
+@app.command()
+def tag(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    task: Annotated[str, typer.Argument(help="A task, or a folder's name as `forgetless log` shows it.")],
+    name: Annotated[str | None, typer.Argument(help="The tag; without it, with --remove, all of the commit's tags go.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the commit's tags away.")] = False,
+) -> None:
+    """Name a commit, so that `keep: tagged` keeps its model and `rollback --to` finds it.
+
+    Example: forgetless tag runs/first cities in-production
+    """
+    from . import history
+
+    if (name is None) != remove:
+        raise ConfigError("tag: give a name, or --remove")
+    tags = history.tag(run_dir, task, name)
+    print("\n".join(f"{t}  {folder}" for t, folder in tags.items()) or "no tags")
+
+
+@app.command()
+def gc(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    keep: Annotated[str, typer.Option("--keep", help="Which models stay: all, 'last N', or tagged. The current one always does.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Delete models that are not kept, and what was interrupted. What is needed to go on, and all scores, stay.
+
+    Example: forgetless gc runs/first --keep 'last 2' --dry-run
+    """
+    from . import history
+
+    found = history.collect(run_dir, keep, dry_run)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for place in found["let_go"]:
+        print(f"{'would delete' if dry_run else 'deleted'} the model of {place}")
+    print(
+        f"{found['bytes'] / 1e6:.1f} MB {'would be' if dry_run else ''} freed; models kept: {', '.join(found['kept']) or 'none'}".replace("  ", " ")
+    )
+
+
+@app.command()
+def diff(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    a: Annotated[str, typer.Argument(help="A task, a tag, or a folder's name as `forgetless log` shows it.")],
+    b: Annotated[str | None, typer.Argument(help="The same; default: the current commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What changed between two commits: scores, with 95 % intervals over the same rows, and the weights that moved most.
+
+    Example: forgetless diff runs/first cities polarity
+    """
+    from . import history
+    from .report.terminal import print_diff
+
+    found = history.diff(run_dir, a, b)
+    print(json.dumps(found, indent=1)) if as_json else print_diff(found)
 
 
 @app.command()
@@ -116,25 +276,30 @@ def init(
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: report.html in the first folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: report.html, report.md or card.md in the first folder.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html, md (tables for a pull request), or card (a Hugging Face model card of one run).")
+    ] = "html",
     as_json: Annotated[bool, typer.Option("--json", help="Print the matrices and metrics as JSON instead.")] = False,
 ) -> None:
-    """Write one self-contained HTML report of a run, or of several side by side.
+    """Write one self-contained HTML report of a run, or of several side by side; or the same as Markdown, or a model card.
 
     Example: forgetless report runs/seqft runs/gorp --out compare.html
     """
-    from .report import write_report
+    from .report import read_run, write_card, write_markdown, write_report
 
+    names = {"html": "report.html", "md": "report.md", "card": "card.md"}
+    if form not in names:
+        raise ConfigError(f"--format {form}: html, md or card")
+    if form == "card" and len(run_dirs) > 1:
+        raise ConfigError(f"--format card: a model card is of one run, {len(run_dirs)} were given; use --format md to compare them")
     if as_json:
-        from .report import read_run
-
-        found = {}
         for d in run_dirs:
-            read_run(d, d.name)  # says what is wrong with a folder that is no run
-            found[str(d)] = json.loads((d / "matrix.json").read_text())
-        print(json.dumps(found, indent=1))
+            read_run(d)  # says what is wrong with a folder that is no run
+        print(json.dumps({str(d): json.loads((d / "matrix.json").read_text()) for d in run_dirs}, indent=1))
         return
-    print(write_report(run_dirs, out or run_dirs[0] / "report.html"))
+    out = out or run_dirs[0] / names[form]
+    print(write_card(run_dirs[0], out) if form == "card" else {"html": write_report, "md": write_markdown}[form](run_dirs, out))
 
 
 @app.command()
@@ -197,43 +362,86 @@ def estimate(
     print(json.dumps(found, indent=1)) if as_json else planner.show(found)
 
 
-@app.command("export-lora")
-def export_lora(
-    trained: Annotated[str, typer.Argument(help="A run's folder (its current model), or a trained model.")],
-    out: Annotated[Path, typer.Option("--out", help="The adapter's folder, new or empty.")],
-    base: Annotated[str | None, typer.Option("--base", help="The model it was trained from; default: what the run says.")] = None,
-    energy: Annotated[float | None, typer.Option("--energy", help="Share of each layer's ||dW||^2 to keep; default: 0.99.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="One rank for every layer instead.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what export.json holds instead of a summary.")] = False,
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder; with --as lora and --base also any trained model.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write, new or empty.")],
+    task: Annotated[str | None, typer.Option("--task", help="The model as committed with this task (or tag); default: the current one.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--as", help="plain, lora, gguf, routed or prompt; default: what the method leaves, plain as a rule.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="lora: the model it was trained from; default: what the run says.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="lora: share of each layer's ||dW||^2 to keep; default: 0.99.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="lora: one rank for every layer instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
-    """Write what training changed as a LoRA adapter that PEFT loads, and say how much of the change it misses.
+    """Write what a run has learned into a folder that other software loads: the model, a LoRA adapter, a GGUF file.
 
-    Example: forgetless export-lora runs/first --out adapter --energy 0.99
+    Example: forgetless export runs/first --out model && forgetless export runs/first --out adapter --as lora --rank 16
     """
     quiet_libraries()
     from contextlib import closing
 
-    from . import export
+    from . import export as exporting
     from .progress import RichProgress
 
     with closing(RichProgress()) as shown:
-        found = export.export_lora(trained, base, out, energy=energy, rank=rank, progress=shown)
-    print(json.dumps(found, indent=1)) if as_json else export.show(found, out)
+        found = exporting.export(run, out, form, task, base=base, energy=energy, rank=rank, progress=shown)
+    print(json.dumps(found, indent=1)) if as_json else exporting.show(found)
 
 
-@app.command("export-routed")
+@app.command("export-lora", hidden=True)
+def export_lora(
+    trained: Annotated[Path, typer.Argument(help="A run's folder (its current model), or a trained model.")],
+    out: Annotated[Path, typer.Option("--out", help="The adapter's folder, new or empty.")],
+    base: Annotated[str | None, typer.Option("--base", help="The model it was trained from; default: what the run says.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Share of each layer's ||dW||^2 to keep; default: 0.99.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="One rank for every layer instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """The same as export --as lora.
+
+    Example: forgetless export-lora runs/first --out adapter --energy 0.99
+    """
+    export(trained, out, None, "lora", base, energy, rank, as_json)
+
+
+@app.command("export-routed", hidden=True)
 def export_routed(
     run: Annotated[Path, typer.Argument(help="The folder of a run with method: routed.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write, which must not exist.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write, new or empty.")],
 ) -> None:
-    """Write a routed run's base model, one LoRA adapter a task that PEFT loads, and the router.
+    """The same as export --as routed.
 
     Example: forgetless export-routed runs/routed --out set
     """
-    quiet_libraries()
-    from . import routed
+    export(run, out, None, "routed")
 
-    print(routed.export_routed(run, out))
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload. Without it nothing leaves this machine, and what would is listed.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private; one that is public already is refused.")] = False,
+    task: Annotated[str | None, typer.Option("--task", help="The model as committed with this task (or tag); default: the current one.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch to upload to; default: main.")] = None,
+    form: Annotated[str | None, typer.Option("--as", help="As for export.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was or would be uploaded as JSON.")] = False,
+) -> None:
+    """Upload an export and its model card to the Hugging Face hub; without --yes only list the files, the bytes and where they would go.
+
+    Example: forgetless push runs/first me/my-model --private
+    """
+    quiet_libraries()
+    from contextlib import closing
+
+    from . import hub
+    from .progress import RichProgress
+
+    with closing(RichProgress()) as shown:
+        plan = hub.push(run, repo_id, yes, private=private, task=task, form=form, revision=revision, progress=shown)
+    print(json.dumps(plan, indent=1)) if as_json else hub.show(plan)
 
 
 def quiet_libraries() -> None:

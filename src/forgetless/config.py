@@ -47,6 +47,31 @@ METRICS = ("choice", "exact_match", "rouge_l", "nll")
 FUNCTION = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"  # module:function
 
 
+def check_train(train: dict[str, Any]) -> dict[str, Any]:
+    """Names that belong to the loop, and numbers that transformers reads without a look, refused with a ValueError."""
+    for key in train:
+        if key in OWN_TRAIN_KEYS:
+            raise ValueError(f"train.{key} cannot be set; {OWN_TRAIN_KEYS[key]}")
+    for key in LEAST.keys() & train.keys():
+        kind = "a whole number" if isinstance(LEAST[key], int) else "a number"
+        value = train[key]
+        if isinstance(value, bool) or not isinstance(value, int if isinstance(LEAST[key], int) else (int, float)) or not value >= LEAST[key]:
+            raise ValueError(f"train.{key} must be {kind}, at least {LEAST[key]:g}; got {value!r}")
+    for key in {"adam_beta1", "adam_beta2"} & train.keys():
+        if train[key] >= 1:
+            raise ValueError(f"train.{key} must be below 1; got {train[key]!r}")
+    for key in {"max_steps", "num_train_epochs"} & train.keys():
+        if train[key] == 0:
+            raise ValueError(f"train.{key}: 0 steps would commit a task that nobody trained")
+    return train
+
+
+def check_keep(keep: str) -> str:
+    if keep not in ("all", "tagged") and not re.fullmatch(r"last [1-9]\d*", keep):
+        raise ValueError(f"{keep!r}; one of: all, last N, tagged")
+    return keep
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -78,6 +103,8 @@ class TaskConfig(_Model):
     """Use at most this many training rows, the same ones every time."""
     metric: str | None = None
     """How well an answer is scored: choice, exact_match, rouge_l, nll, or module:function, a function (prediction, answer) -> float from 0 to 1."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the section train for this task, such as {max_steps: 200}."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest generated answer; without it the longest answer of the scored rows and one token more."""
 
@@ -108,6 +135,11 @@ class TaskConfig(_Model):
                 f"{source!r}: write hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT, with @REVISION after NAME if wanted"
             )
         return source
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train(cls, train: Any) -> Any:
+        return check_train(fix_yaml(train)) if isinstance(train, dict) else train
 
     @field_validator("metric")
     @classmethod
@@ -297,28 +329,12 @@ class RunConfig(_Model):
     @field_validator("keep")
     @classmethod
     def _keep(cls, keep: str) -> str:
-        if keep not in ("all", "tagged") and not re.fullmatch(r"last [1-9]\d*", keep):
-            raise ValueError(f"{keep!r}; one of: all, last N, tagged")
-        return keep
+        return check_keep(keep)
 
     @field_validator("train")
     @classmethod
     def _not_ours(cls, train: dict[str, Any]) -> dict[str, Any]:
-        for key in train:
-            if key in OWN_TRAIN_KEYS:
-                raise ValueError(f"train.{key} cannot be set; {OWN_TRAIN_KEYS[key]}")
-        for key in LEAST.keys() & train.keys():
-            kind = "a whole number" if isinstance(LEAST[key], int) else "a number"
-            value = train[key]
-            if isinstance(value, bool) or not isinstance(value, int if isinstance(LEAST[key], int) else (int, float)) or not value >= LEAST[key]:
-                raise ValueError(f"train.{key} must be {kind}, at least {LEAST[key]:g}; got {value!r}")
-        for key in {"adam_beta1", "adam_beta2"} & train.keys():
-            if train[key] >= 1:
-                raise ValueError(f"train.{key} must be below 1; got {train[key]!r}")
-        for key in {"max_steps", "num_train_epochs"} & train.keys():
-            if train[key] == 0:
-                raise ValueError(f"train.{key}: 0 steps would commit a task that nobody trained")
-        return train
+        return check_train(train)
 
     @model_validator(mode="after")
     def _distinct(self) -> RunConfig:
@@ -330,6 +346,8 @@ class RunConfig(_Model):
         for i, task in enumerate(self.watch):
             if task.name.lower() in seen:
                 raise ValueError(f"watch {i} is named '{task.name}', as another entry of tasks or watch is; names must differ")
+            if task.train:
+                raise ValueError(f"watch {i} ('{task.name}'): train has no use, a watch set is never trained. Take it out")
             if task.limit is not None:
                 raise ValueError(
                     f"watch {i} ('{task.name}'): limit counts training rows, and a watch set has none; evaluate.limit counts scored rows"
@@ -390,15 +408,19 @@ def _copy(value: Any) -> Any:
     return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
-def _apply(data: dict, override: str) -> None:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """("train.max_steps=5") -> (["train", "max_steps"], 5). Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}': write key=value, for example method.rank=4")
     try:
-        value = yaml.safe_load(text)
+        return key.split("."), yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override '{override}': the value is not valid YAML") from None
-    *path, last = key.split(".")
+
+
+def _apply(data: dict, override: str) -> None:
+    (*path, last), value = parse_override(override)
     node: Any = data
     for i, part in enumerate(path):
         if isinstance(node, list):

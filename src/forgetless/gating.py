@@ -54,7 +54,10 @@ class Gate:
 
     def attempt(self, task: Task, index: int) -> dict[str, Any]:
         """What of a lineage line says that two attempts at a task are the same."""
-        same = {"index": index, "task": task.name, "data_sha256": task.sha256, "config_sha256": config_sha256(self.config)}
+        own = self.config.tasks[index].train
+        same = {"index": index, "task": task.name, "data_sha256": task.sha256, "config_sha256": config_sha256(self.config)} | (
+            {"train": own} if own else {}
+        )
         return same | ({"gate_sha256": text_sha256(canonical(self.settings.model_dump())), "began_at": head(self.folder)} if self.on else {})
 
     def kept_aside(self, task: Task, index: int) -> dict[str, Any] | None:

@@ -97,21 +97,20 @@ class RunFolder:
     def lineage(self) -> list[dict[str, Any]]:
         """Every commit, rejection and rollback, in order; the one that a kill kept from the file too. Raises DataError where the file is not what was written."""
         lines, torn = self._written()
-        missing = self._to_come(lines)
-        if torn and not any(canonical(line).startswith(torn) for line in missing):
+        if torn:
             raise self._damaged(f"line {len(lines) + 1} of lineage.jsonl is not one that forgetless wrote")
-        return lines + missing
+        return lines + self._to_come(lines)
 
     def _written(self) -> tuple[list[dict[str, Any]], str]:
-        """(the whole lines, the text of one that was being written when the power went)."""
+        """(the whole lines, what cannot be read). The end of the file may be half a line, which was being written when the power went."""
         lines, torn = [], ""
-        for text in read(self.path / "lineage.jsonl").splitlines():
+        for text in read(self.path / "lineage.jsonl").splitlines(keepends=True):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 line = None
             if torn or not isinstance(line, dict) or not {"kind", "index", "task", "hash"} <= line.keys():
-                torn += text
+                torn += text if text.endswith("\n") or torn else ""
             else:
                 lines.append(line)
         if not self.current and any(line["kind"] == "task" for line in lines):
@@ -293,8 +292,8 @@ class RunFolder:
         temporary.symlink_to(Path("tasks") / self.current / "model")
         temporary.replace(link)
 
-    def let_go(self, keep: str) -> list[Path]:
-        """Delete the models that `keep` (all, last N, tagged) does not keep, refused ones among them; returns their folders. The current model always stays."""
+    def going(self, keep: str) -> list[Path]:
+        """The folders whose models `keep` (all, last N, tagged) does not keep, refused ones among them. The current model always stays."""
         if keep == "all":
             return []
         stays = {self.current, *self.tags().values()}
@@ -302,12 +301,14 @@ class RunFolder:
             stays |= set(self.committed()[-int(keep.split()[1]) :])
         gone = [self.path / "tasks" / name for name in self.folders() if name not in stays]
         gone += [p for p in _entries(self.path / "rejected") if not p.name.startswith(".")]
-        gone = [folder for folder in gone if (folder / "model").is_dir()]
-        for folder in gone:
+        return [folder for folder in gone if (folder / "model").is_dir()]
+
+    def let_go(self, keep: str) -> None:
+        """Delete the models that `keep` does not keep."""
+        for folder in self.going(keep):
             (folder / GONE).touch()  # first: a kill in between leaves half a model, and says that it is none
             sync(folder)
             shutil.rmtree(folder / "model", ignore_errors=True)
-        return gone
 
     # -- reading back ------------------------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ from .record import (
     write_matrix,
 )
 from .state import model_sha256
-from .tasks import TaskStream, load_stream
+from .tasks import Known, TaskStream, load_stream
 from .trainer import train_task, training_arguments
 
 
@@ -73,14 +73,22 @@ class Result:
         return next((m for m in self.matrices.values() if m.average_accuracy() is not None), next(iter(self.matrices.values())))
 
 
-def run(config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str, ...] = (), progress: Progress | None = None) -> Result:
-    """Learn the tasks of `config`, one after another. Raises ForgetlessError subclasses; what is committed stays."""
+def run(
+    config: str | Path | dict | RunConfig, overrides: list[str] | tuple[str, ...] = (), progress: Progress | None = None,
+    learned: dict[str, Known] | None = None,
+) -> Result:  # fmt: skip
+    """Learn the tasks of `config`, one after another. Raises ForgetlessError subclasses; what is committed stays.
+
+    learned: the tasks whose rows may be gone, see load_stream; `add` gives it.
+    """
     # everything that can be refused is refused here, before the first step
     config, progress = load_config(config, overrides), progress or Progress()
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     check_store(config, method)
-    stream = load_stream(config)
+    for task in config.tasks:
+        training_arguments(config.train | task.train, config.seed, config.output_dir)
+    stream = load_stream(config, learned)
     for warning in stream.warnings(config.evaluate.split):
         progress.say(f"warning: {warning}")
     with opened(config, stream) as (folder, done):
@@ -106,7 +114,9 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         begun = time.perf_counter()
 
         # prepare (or go on from a checkpoint), train, consolidate
-        checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, config, task, index, memory))
+        checkpoints = Checkpoints(
+            folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, gate.attempt(task, index), memory)
+        )
         method.scratch = checkpoints.folder / "scratch" if config.checkpoint_every else None
         if checkpoints.step:
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
@@ -116,7 +126,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         rows = method.train_data(task, memory)
-        train = method.settings(config.train, index)
+        train = method.settings(config.train | config.tasks[index].train, index)
         options = (config.precision, config.packing, config.quantize, config.optimizer_state)
         trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options)
         with trained.whole:  # what is quantised is whole again, once moments and copies have made room for it
@@ -145,7 +155,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
             kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
             metrics = row.metrics(task.name, index) | {"protection": kept, "steps": trained.steps} | gate.metrics(index, judged, further)
-            entry = gate.attempt(task, index) | row.entry(stream) | gate.entry(judged)
+            entry = gate.attempt(task, index) | row.entry(task, config, stream) | gate.entry(judged)
             content = (index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry)
             folder.reject(*content) if gate.keeps_aside(judged) else folder.commit(*content, config.keep)
             checkpoints.drop()

@@ -41,10 +41,10 @@ class Row:
         """What metrics.json says of the row."""
         return {"task": task, "index": index, "scores": self.scores, "n": self.n, "failures": self.failures, "watch": self.watch}
 
-    def entry(self, stream: TaskStream) -> dict[str, Any]:
-        """What the lineage says of it."""
+    def entry(self, task: Task, config: RunConfig, stream: TaskStream) -> dict[str, Any]:
+        """What the lineage says of it, and of what was scored."""
         watch = {"watch": self.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
-        return {"scores": self.scores} | (watch if stream.watch else {})
+        return {"scores": self.scores, "scored_sha256": task.scored_sha256(config.evaluate.split)} | (watch if stream.watch else {})
 
     def summary(self) -> str:
         """The first scorer's scores, for one line of progress."""
@@ -226,15 +226,9 @@ def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(canonical(comparable(config)).encode()).hexdigest()
 
 
-def checkpoint_key(folder: RunFolder, config: RunConfig, task: Task, index: int, memory: Memory) -> dict[str, Any]:
+def checkpoint_key(folder: RunFolder, attempt: dict[str, Any], memory: Memory) -> dict[str, Any]:
     """What must be the same for a task to go on from a checkpoint: the settings, its data, its place, the commit before it, and what was protected first."""
-    return {
-        "config": config_sha256(config),
-        "data": task.sha256,
-        "index": index,
-        "parent": head(folder),
-        "protect_from": memory.info.get("protect_from"),
-    }
+    return attempt | {"parent": head(folder), "protect_from": memory.info.get("protect_from")}
 
 
 def head(folder: RunFolder) -> str:
@@ -253,8 +247,9 @@ def check_same_run(folder: RunFolder, config: RunConfig, stream: TaskStream) -> 
     for key, was, now in differences(comparable(old), comparable(config)):
         raise ConfigError(f"output_dir {folder.path}: holds a run with {key}: {was}, now {key}: {now}. Choose another output_dir, or the old setting")
     for line, task in zip(folder.lines(), [*stream, *[None] * len(done)], strict=False):
-        if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256:
-            changed = "has other data or another prompt, metric or answer length"
+        own = {} if task is None or line["index"] >= len(config.tasks) else config.tasks[line["index"]].train
+        if task is None or line["task"] != task.name or line["data_sha256"] != task.sha256 or line.get("train", {}) != own:
+            changed = "has other data or another prompt, metric, answer length or train settings"
             what = "is missing" if task is None else "has another name" if line["task"] != task.name else changed
             place = f"tasks.{line['index']} ('{line['task']}', already learned)"
             raise ConfigError(f"output_dir {folder.path}: {place} {what}; only tasks after the learned ones may change")

@@ -67,6 +67,12 @@ class Task:
             content = [self.prompt, self.labels, self.max_text_tokens, self.max_prompt_tokens, rows, {k: v for k, v in more.items() if v}]
             self.sha256 = _sha(json.dumps([part for part in content if part != {}], ensure_ascii=False))
 
+    def scored_sha256(self, split: str) -> str:
+        """Of the rows of a split and of how they are asked: what must stay for scores to be comparable."""
+        rows = [[e.text, e.answer, *(e.messages or ())] for e in self.split(split)]
+        how = [self.prompt, self.labels, self.max_text_tokens, self.max_prompt_tokens, self.chat, self.metric, self.max_new_tokens]
+        return _sha(json.dumps([how, rows], ensure_ascii=False))
+
     @property
     def own_metric(self) -> str:
         """What the scorer `metric` measures here: the task's own; where none was named, choice among labels, else exact match."""
@@ -195,6 +201,9 @@ class TaskStream:
 
     def warnings(self, split: str = "test") -> Iterator[str]:
         """Texts that are trained and also scored, in words; split: the one that is scored of the watch sets."""
+        for task in (*self.tasks, *self.watch):
+            if task.missing:
+                yield f"'{task.name}' is not measured: {task.missing}"
         for task in self.tasks:
             for kind, n in (("test", task.overlap), ("dev", task.overlap_dev)):
                 if n:
@@ -206,16 +215,58 @@ class TaskStream:
                     yield f"watch '{watched.name}': {n} of its texts also stand in the training rows of task '{task.name}'"
 
 
-def load_stream(config: RunConfig) -> TaskStream:
-    """Read every file of every task and watch set, so that the first bad row is found before the first step. Raises DataError, ConfigError."""
-    stream = TaskStream([load_task(task, config.seed) for task in config.tasks], [load_task(task, config.seed, watch=True) for task in config.watch])
-    split = config.evaluate.split
+def load_stream(config: RunConfig, learned: dict[str, Known] | None = None) -> TaskStream:
+    """Read every file of every task and watch set, so that the first bad row is found before the first step. Raises DataError, ConfigError.
+
+    learned: the tasks and watch sets that may be gone, at least their training rows, or be others by now: those are not measured, and say why in `missing`.
+    """
+    split, learned = config.evaluate.split, learned or {}
+    loaded = [
+        load_known(task, learned[task.name], split, config.seed, watch) if task.name in learned else load_task(task, config.seed, watch)
+        for tasks, watch in ((config.tasks, False), (config.watch, True))
+        for task in tasks
+    ]
+    stream = TaskStream(loaded[: len(config.tasks)], loaded[len(config.tasks) :])
     for task in (*stream, *stream.watch):
+        if task.missing:
+            continue
         if not task.split(split):
             raise ConfigError(f"evaluate.split: task '{task.name}' has no {split} rows; give it a {split} file")
         if "metric" in config.scorers:
             metric.check(task, task.split(split))
     return stream
+
+
+@dataclass
+class Known:
+    """What a run remembers of a task or watch set it has measured: hashes of all of it, and of what is scored ("" in runs of versions that did not note it)."""
+
+    sha256: str
+    scored_sha256: str = ""
+
+
+def load_known(config: TaskConfig, known: Known, split: str, seed: int, watch: bool) -> Task:
+    """A task that is learned already, with what is still there of it: all, or the scored rows, or none (`missing`)."""
+    why = ""
+    try:
+        task = load_task(config, seed, watch)
+        if task.sha256 == known.sha256:
+            return task
+        why = "its rows are not those it was learned with"
+        if known.scored_sha256 and task.scored_sha256(split) == known.scored_sha256:
+            return dataclasses.replace(task, train=[], dev=task.dev if split == "dev" else [], sha256=known.sha256)
+    except (DataError, ConfigError) as error:
+        why = str(error)
+    if (rows := getattr(config, split)) is not None and known.scored_sha256 and not watch:
+        try:  # the training rows are gone, the scored ones have a file of their own
+            alone = config.model_copy(update={"data": rows, "test": None, "dev": None, "limit": None})
+            task = dataclasses.replace(load_task(alone, seed, watch=True), sha256=known.sha256)
+            if task.scored_sha256(split) == known.scored_sha256:
+                return task
+            why = f"{rows}: its rows are not those that were scored when it was learned"
+        except (DataError, ConfigError) as error:
+            why = str(error)
+    return Task(config.name, config.prompt or "", [], [], [], sha256=known.sha256, metric=config.metric, missing=why)
 
 
 def load_task(config: TaskConfig, seed: int = 0, watch: bool = False) -> Task:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import DataError
 from ._afresh import Afresh
 from .base import Memory
 
@@ -27,6 +28,8 @@ class MTL(Afresh):
         if earlier:
             self.progress.stage(f"{task.name}: reading the rows of earlier tasks", sum(len(other.train) for other in earlier))
         for other in earlier:
+            if not other.train:
+                raise DataError(f"method mtl: trains on the rows of all tasks, and those of '{other.name}' are not there ({other.missing or 'no training rows'})")
             for example in other.train:
                 rows.append(other.encode(self.tokenizer, example))
                 self.progress.advance(len(rows))

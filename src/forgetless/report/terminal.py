@@ -53,3 +53,73 @@ def _cell(score: float | None) -> str:
 
 def _signed(value: float, key: str) -> str:
     return f"{100 * value:+.1f}" if key == "backward_transfer" else f"{100 * value:.1f}"
+
+
+def print_log(entries: list[dict]) -> None:
+    """The lineage, a line each: newest last, the current commit marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in ("#", "", "what", "folder", "scores (%)", "gate", "tags", "own MB", "hash"):
+        table.add_column(name, justify="right" if name in ("#", "own MB") else "left", no_wrap=name in ("folder", "hash"))
+    for e in entries:
+        mark = "*" if e["current"] else "+" if e["on_the_way"] else ""
+        scores = " ".join(_cell(s) or "." for s in e["scores"])
+        size = "" if e["kind"] == "rollback" else f"{e['bytes'] / 1e6:.1f}" + ("" if e["model"] else ", no model")
+        what = f"{e['kind']} to" if e["kind"] == "rollback" else e["kind"]
+        table.add_row(
+            str(e["number"]), mark, what, e["folder"], scores, e["gate"] or "", " ".join(e["tags"]), size, e["hash"][:10], style="" if mark else "dim"
+        )
+    console = Console()
+    console.print(table)
+    scorer = next((e["scorer"] for e in entries if e["scorer"]), "")
+    console.print(f"* current, + on the way to it; scores: {scorer}, a column a task", highlight=False)
+
+
+def print_diff(found: dict) -> None:
+    """What moved between two commits: the tasks, then the modules."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{found['a']} -> {found['b']} (%)", title_justify="left")
+    for name in ("task", "score", "before", "after", "change", "95 %", "rows", "worse", "better"):
+        table.add_column(name, justify="left" if name in ("task", "score") else "right")
+    for s in found["scores"]:
+        interval = f"{100 * s['ci95'][0]:+.1f} to {100 * s['ci95'][1]:+.1f}"
+        table.add_row(
+            s["name"],
+            s["scorer"],
+            _cell(s["before"]),
+            _cell(s["after"]),
+            f"{100 * s['change']:+.1f}",
+            interval,
+            str(s["rows"]),
+            str(s["worse"]),
+            str(s["better"]),
+        )
+    console.print(table)
+    if found["modules"] is None:
+        console.print("weights: not compared, one of the models was let go")
+        return
+    table = Table(title=f"weights: {found['weights']:.2e} of their norm moved, in {found['changed']} tensors; most in", title_justify="left")
+    table.add_column("tensor")
+    table.add_column("||change|| / ||before||", justify="right")
+    for module in found["modules"]:
+        table.add_row(module["name"], f"{module['change']:.2e}")
+    console.print(table)
+
+
+def print_verify(run_dir: str, found: dict) -> None:
+    """What was checked, what of the data is stored, and last what is damaged."""
+    for place, kept in found["stored"].items():
+        print(f"{place} keeps of its data:")
+        for what in kept:
+            print(f"  - {what}")
+    for place in found["let_go"]:
+        print(f"{place}: its model was let go by `keep` or gc, the rest is there")
+    print(f"{run_dir}: {found['commits']} commits, {found['files']} files, {found['bytes'] / 1e6:.1f} MB checked")
+    for what in found["damage"]:
+        print(f"damaged  {what}")
+    print("every byte is what was written" if not found["damage"] else f"{len(found['damage'])} found damaged")
