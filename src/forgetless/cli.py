@@ -92,6 +92,7 @@ def learn(work: Callable[[Progress], Result], run_dir: Path, progress: str, as_j
     from .config import load_config
     from .distributed import launched_rank
     from .errors import GateRejected
+    from .evaluation.gate import sentence
     from .report import write_report
     from .report.terminal import print_matrix, print_watch
 
@@ -115,6 +116,11 @@ def learn(work: Callable[[Progress], Result], run_dir: Path, progress: str, as_j
         print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
     for scorer, matrix in result.matrices.items():
         print_matrix(matrix, scorer, settings.method.name)
+    for task, verdict in result.gate.items():
+        if verdict:
+            print(
+                f"gate    {task}: {verdict['outcome']}" + "".join(f"\n        {sentence(c)}" for c in verdict["criteria"] if c["outcome"] != "keep")
+            )
     if result.watch and done:
         print_watch(result.watch, settings.tasks[done - 1].name)
     print(f"model   {result.path / 'model'}\nreport  {report}")
@@ -452,7 +458,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # before its import: one line about kernels comes from there
+    for name in ("transformers", "bitsandbytes"):  # before their imports: a line each about kernels comes from there
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as hf
 
     hf.set_verbosity_error()

@@ -74,13 +74,19 @@ class Gate:
     def stop(self, line: dict[str, Any]) -> None:
         """Say why the run ends here: raises GateRejected where a limit is broken, warns where the rows did not suffice."""
         folder = self.folder.path / "rejected" / folder_of(line)
-        why = "; ".join(gate.sentence(c) for c in self.folder.metrics(folder.name, "rejected")["gate"]["criteria"] if c["outcome"] != "keep")
-        text = f"task '{line['task']}': {why}. The new model is kept aside in {folder}; the one before it stays current"
+        criteria = self.folder.metrics(folder.name, "rejected")["gate"]["criteria"]
+        worst = "broken" if line["gate"] == "reject" else "undecided"
+        why = "; ".join(gate.sentence(c) for c in criteria if c["outcome"] == worst)
+        text = f"task '{line['task']}': {why}. The new model is kept aside in {folder}; {'the one before it stays current' if self.folder.current else 'nothing is learned yet'}"
         if line["gate"] == "reject":
             raise GateRejected(
                 f"{text}. Change the task's data or the section gate, or take the task out; other method settings need another output_dir"
             )
         self.progress.say(f"warning: {text} (gate.on_undecided: hold)")
+
+    def doubts(self, metrics: dict[str, Any]) -> list[str]:
+        """What the rows did not decide, a sentence each."""
+        return [gate.sentence(c) for c in metrics.get("gate", {}).get("criteria", ()) if c["outcome"] == "undecided"]
 
     def entry(self, judged: Judged | None) -> dict[str, Any]:
         return {"gate": judged.verdict.outcome} if judged else {}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -67,6 +68,7 @@ class Result:
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
     resumed_at: int = 0  # tasks that were committed before this call
     watch: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # name, scorer: before the first task, after each
+    gate: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # of each learned task: metrics.json's "gate", None where there was none
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -98,7 +100,8 @@ def run(
         finally:
             matrices = distributed.on_main(lambda: write_matrix(folder, measured(config, stream))) if folder.current else {}
             distributed.leave_at_exit()
-        return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]))
+        verdicts = {task.name: folder.metrics(name).get("gate") for task, name in zip(stream, folder.committed(), strict=False)}
+        return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]), verdicts)
 
 
 def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
@@ -111,7 +114,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             return gate.stop(line)
         progress.tasks(index, len(stream))
         set_seed(seed)  # torch, numpy and Python: a method may draw from any
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
 
         # prepare (or go on from a checkpoint), train, consolidate
         checkpoints = Checkpoints(
@@ -138,7 +141,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         with full_precision():
             model = method.end_task(model, task, memory)
         leak = method.merge_leak or leak
-        trained_at = time.perf_counter()
+        trained_at, cpu = time.perf_counter(), time.process_time() - cpu
 
         # evaluate: one row of the matrix, and what has become of the inputs of earlier tasks
         seen = len(stream) if config.evaluate.unseen else index + 1
@@ -161,9 +164,12 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             checkpoints.drop()
             if not gate.keeps_aside(judged):
                 seconds = {"train_seconds": trained_at - begun + checkpoints.seconds, "eval_seconds": time.perf_counter() - trained_at}
+                seconds |= {"train_cpu_seconds": cpu} if not checkpoints.seconds else {}  # of the processes before this one nobody knows
                 folder.note_task(metrics, seconds | {"peak_bytes": peak_bytes()}, folder.current)
                 write_matrix(folder, measured(config, stream))
                 progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
+                for why in gate.doubts(metrics):
+                    progress.say(f"warning: gate undecided: {why}")
         distributed.barrier()
         if gate.keeps_aside(judged):
             return gate.stop(folder.lineage()[-1])
