@@ -28,6 +28,7 @@ def measure(source: str) -> dict[str, float]:
     import torch
 
     from forgetless import models
+    from forgetless.evaluation.drift_kl import divergence
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     base, tokenizer = models.load(BASE)
@@ -39,7 +40,7 @@ def measure(source: str) -> dict[str, float]:
         for ids in rows:  # one by one: a row's log-probabilities take 50 MB
             before, after = (model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for model in (base, tuned))
             loss -= float(after[torch.arange(len(ids) - 1), ids[1:]].sum())
-            kl += float((before.exp() * (before - after)).sum())
+            kl += float(divergence(before, after).sum())
     return {"perplexity": math.exp(loss / tokens), "kl": kl / tokens, "tokens": tokens}
 
 

@@ -26,13 +26,16 @@ from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
 from .errors import ConfigError, ForgetlessError
 from .estimate import check_bits
+from .evaluation import drift_kl
 from .evaluation.drift import record_inputs, weight_leak
 from .evaluation.matrix import AccuracyMatrix
 from .files import write_atomic
+from .forecast import forecast
 from .gating import Gate
 from .lineage import RunFolder
 from .methods import get
 from .methods.base import Memory, Method
+from .probes import Probe
 from .products import full_precision
 from .progress import Progress
 from .protect import encode, fingerprint, read_prompts
@@ -115,6 +118,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         progress.tasks(index, len(stream))
         set_seed(seed)  # torch, numpy and Python: a method may draw from any
         begun, cpu = time.perf_counter(), time.process_time()
+        ahead = distributed.on_main(partial(forecast, model, tokenizer, stream, index, folder, config, method, memory, progress)) if gate.on else None
 
         # prepare (or go on from a checkpoint), train, consolidate
         checkpoints = Checkpoints(
@@ -131,7 +135,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         rows = method.train_data(task, memory)
         train = method.settings(config.train | config.tasks[index].train, index)
         options = (config.precision, config.packing, config.quantize, config.optimizer_state)
-        trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options)
+        probe = Probe.of(config, tokenizer, stream, index, method, train, gate, progress)
+        trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options, probe)
         with trained.whole:  # what is quantised is whole again, once moments and copies have made room for it
             leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
             state_bytes = trained.state_bytes()
@@ -149,7 +154,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         score = partial(answers, model, tokenizer, config, trained.autocast, progress, method, memory)
         if distributed.world_size() > 1 and distributed.differ(model_sha256(model)):
             raise ForgetlessError(f"task '{task.name}': the processes hold different models after training; nothing was committed")
-        judged = gate.judge(index, row.predictions, score)
+        drift = drift_kl.measure(model, tokenizer, task, folder, config, trained.autocast, progress, method, memory).noted() if gate.on else None
+        judged = gate.judge(index, row.predictions, score, drift and drift["kl"])
         further = gate.further(task, row.predictions, judged, score)
 
         # commit, or keep aside what the gate refuses: after this line it is so, whatever happens
@@ -157,7 +163,9 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
             coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
             kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
-            metrics = row.metrics(task.name, index) | {"protection": kept, "steps": trained.steps} | gate.metrics(index, judged, further)
+            probed = probe.noted(trained.steps) if probe else {}
+            metrics = row.metrics(task.name, index) | {"protection": kept, "steps": trained.steps} | probed
+            metrics |= {key: value for key, value in (("forecast", ahead), ("drift", drift)) if value} | gate.metrics(index, judged, further)
             entry = gate.attempt(task, index) | row.entry(task, config, stream) | gate.entry(judged)
             content = (index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry)
             folder.reject(*content) if gate.keeps_aside(judged) else folder.commit(*content, config.keep)

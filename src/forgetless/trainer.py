@@ -23,6 +23,7 @@ from .checkpoint import Checkpoints
 from .errors import ConfigError, Diverged, nearest
 from .methods.base import Method
 from .optim import SubspaceAdamW, coordinates
+from .probes import Probe
 from .progress import Progress
 from .quantised import quantised
 from .tasks import Task
@@ -118,8 +119,12 @@ class TrainResult:
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
     checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False, quantize: str | None = None, optimizer_state: str = "fp32",
+    probe: Probe | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite."""
+    """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite.
+
+    probe: looks at the model before the first step and after each, and may end the task early.
+    """
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(contextlib.ExitStack())
         every = checkpoints.every if checkpoints else None
@@ -141,7 +146,7 @@ def train_task(
         if args.use_cpu and eager_pays(longest, args.per_device_train_batch_size, packing):
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
-        trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints)
+        trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints, probe)
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(an_epoch, args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
@@ -204,7 +209,7 @@ def check_state(optimizer: torch.optim.Optimizer, optimizer_state: str, method: 
 
 def make_trainer(
     model: nn.Module, task: Task, method: Method, data: Encoded, collate: Collate, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
-    progress: Progress, checkpoints: Checkpoints | None,
+    progress: Progress, checkpoints: Checkpoints | None, probe: Probe | None = None,
 ):  # fmt: skip
     """A Trainer that asks the method, logs every step into `log`, and stops at a loss that is no number."""
     from transformers import Trainer, TrainerCallback
@@ -216,6 +221,8 @@ def make_trainer(
     class Hooks(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
             state.save_steps = args.save_steps  # a checkpoint brings the one it was made with
+            if probe:
+                probe.before(model, log)
 
         def on_pre_optimizer_step(self, args, state, control, **_):
             method.on_step(model)
@@ -229,9 +236,11 @@ def make_trainer(
             captured = {key: value for key in ("captured", "captured_of_best") if (value := getattr(optimizer, key, None)) is not None}
             log.append(entry | captured)
             progress.advance(state.global_step, f"loss {loss:.3f}")
+            if probe and probe.after_step(model, log):
+                control.should_training_stop = True
 
         def on_save(self, args, state, control, **_):
-            trained = state.global_step >= state.max_steps
+            trained = state.global_step >= state.max_steps or control.should_training_stop
             checkpoints.finish(state.global_step, trained, method.state_dict(), log, time.perf_counter() - begun)
 
     class ByLength(LengthGroupedSampler):
