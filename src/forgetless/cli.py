@@ -502,7 +502,7 @@ def explain(error: Exception) -> int:
     """The message on stderr; returns the exit status."""
     if any(text in str(error) for text in DISK_FULL):
         print(
-            "error: the disk is full. What is committed is kept; free some space, and the same command goes on from there. `keep: last 1` keeps fewer models",
+            "error: the disk is full. What is committed is kept; free some space and give the same command again (a run goes on from there; `keep: last 1` keeps fewer models)",
             file=sys.stderr,
         )
         return DataError.exit_code

@@ -1,79 +1,210 @@
-"""`forgetless export-lora`: what training changed, as a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that PEFT loads on the model it started from.
+"""`forgetless export`: what a run has learned, in a folder of its own that other software loads with nothing of ours.
 
-For each linear layer dW = W_trained - W_base (out x in) ~ B A, by the leading singular directions: A (r x in), B (out x r). The best there is for a rank (Eckart and
-Young 1936), and what it misses is said: ||dW - B A|| / ||dW||, for each layer and in total.
+    plain    the model, as transformers reads it
+    lora     what training changed, as an adapter that PEFT loads on the model it started from (delta.py)
+    routed   of method routed: the base model, an adapter a task, the router (routed.py)
+    prompt   of method prompt: the base model, and a prompt-tuning adapter a task that PEFT loads
+    gguf     the model in one file for llama.cpp, llama family only (gguf.py)
+
+Every file of the commit is hashed before it is read, and a whole model once more after it is written, so what is exported is what was committed. The folder is written
+beside its place and renamed: it is there whole, or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from . import models
-from .config import load_config
+from . import delta, models
+from .config import RunConfig, load_config
 from .errors import ConfigError, DataError
+from .files import sync_tree
+from .lineage import GONE, RunFolder, folder_of, task_of
+from .methods import get
+from .methods.base import Memory, Method
+from .methods.beside import Beside
 from .progress import Progress
-from .subspace import energy_rank, spectrum
+from .state import model_sha256
 
-ENERGY = 0.99
+FORMS = ("plain", "lora", "routed", "prompt", "gguf")
+# method of kind routed -> the form that holds what it leaves
+FORM_OF = {"routed": "routed", "prompt": "prompt"}
+WHOLE_MODEL = ("plain", "lora", "gguf")
+
+LOADING = {  # of everything but a plain model, whose card says it already
+    "lora": "An adapter for the model that the run began with: `peft.PeftModel.from_pretrained(base, FOLDER)`. `export.json` says how much of the change it misses.",
+    "gguf": '`llama-cli -m model.gguf`, or `transformers.AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file="model.gguf")`.',
+    "routed": "`forgetless.routed.load_routed(FOLDER)` has the router too. Without forgetless: `base/` is a model that transformers loads, each folder of "
+    "`adapters/` an adapter that PEFT loads on it.",
+    "prompt": "`base/` is a model that transformers loads, each folder of `prompts/` the prompt of one task: `peft.PeftModel.from_pretrained(base, PROMPT)`. "
+    "Answer rows one by one, or padded on the right.",
+}
 
 
-def export_lora(
-    trained: str | Path, base: str | None, out: str | Path, *, energy: float | None = None, rank: int | None = None, progress: Progress | None = None
+@dataclass
+class Commit:
+    """A committed task of a run, whose files are what was committed."""
+
+    run: RunFolder
+    name: str  # of its folder under tasks/
+    line: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Path, task: str | None = None) -> Commit:
+        """The current commit, or that of a task, tag or folder's name. Raises ConfigError for an unknown one, DataError where its model was let go or a file is damaged."""
+        folder = RunFolder(run, lock=False)
+        if not folder.current:
+            known = (run / "run.yaml").is_file()
+            raise ConfigError(
+                f"{run}: {'this run has not learned a task yet' if known else 'not the folder of a run that has learned a task'}; there is nothing to export"
+            )
+        folder.committed()  # a damaged lineage is named as such
+        name = folder.current if task is None else folder.find(task)
+        at = folder.path / "tasks" / name
+        if not (at / "model").is_dir() or (at / GONE).exists():
+            kept = [x for x in folder.folders() if (folder.path / "tasks" / x / "model").is_dir()]
+            raise DataError(f"{run}: the model of {name} is not there, `keep` has let it go. Kept: {', '.join(kept) or 'none'}")
+        line = next(x for x in folder.lineage() if x["kind"] == "task" and folder_of(x) == name)
+        folder.check_files([line])
+        return cls(folder, name, line)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load_config(self.run.path / "run.yaml")
+
+    @cached_property
+    def method(self) -> Method:
+        return get(self.config.method.name, **self.config.method.options)
+
+    @property
+    def model(self) -> Path:
+        return self.run.path / "tasks" / self.name / "model"
+
+    @property
+    def is_current(self) -> bool:
+        return self.name == self.run.current
+
+    @cached_property
+    def memory(self) -> Memory:
+        return self.run.memory(self.name)
+
+    def load(self, folder: Path) -> tuple[torch.nn.Module, Any]:
+        """The model in `folder`, which has to be this commit's, and its tokenizer. Raises DataError where it is not."""
+        dtype = getattr(torch, self.config.dtype)
+        model, tokenizer = models.load(str(folder), trust_remote_code=self.config.trust_remote_code, dtype=dtype)
+        if model_sha256(model) != self.line["model_sha256"]:
+            raise DataError(
+                f"{self.model}: does not load as the model that was committed (model_sha256 differs from lineage.jsonl); nothing was exported. "
+                f"`forgetless verify {self.run.path}` looks at every file"
+            )
+        return model, tokenizer
+
+
+def export(
+    source: str | Path, out: str | Path, form: str | None = None, task: str | None = None, *,
+    base: str | None = None, energy: float | None = None, rank: int | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the adapter folder `out`: adapter_config.json, adapter_model.safetensors, and export.json, which is returned.
+    """Write what a run has learned into the folder `out`, new or empty.
 
-    trained: a run's folder (its current model), or a model as in a config. base: the model it was trained from; None: what the run's own config says. Each layer
-    gets the smallest rank that keeps the share `energy` of ||dW||^2 (0.99 by default), or `rank`. One layer is decomposed at a time, nothing is written before
-    all are done. Returned: {"trained", "base", "energy" or "rank", "error" of all layers together, "parameters", "layer_parameters" that the layers' own weights
-    have, "layers": {name: {"rank", "error", "norm" of dW}}}.
+    source: a run's folder; for lora with `base` also any trained model. form: one of FORMS; None: what the run's method leaves, plain as a rule. task: a task, tag or
+    folder's name, whose commit is exported instead of the current one. energy, rank: of lora, see delta.write_adapter. Returns {"as", "out", "bytes", "files": {path: bytes}}, and
+    of a run {"task", "folder", "model_sha256"}; of lora also what its export.json holds.
 
-    Raises ConfigError for bad arguments, DataError where the models do not fit each other, do not differ, or differ in what an adapter cannot carry.
+    Raises ConfigError for bad arguments and for what the form cannot hold, DataError where a file is not what was committed.
     """
-    progress, out = progress or Progress(), Path(out)
-    chosen = _chosen(energy, rank)
+    source, out, progress = Path(source), Path(out), progress or Progress()
+    if form is not None and form not in FORMS:
+        raise ConfigError(f"--as {form}: one of {', '.join(FORMS)}")
+    how = delta.chosen(energy, rank)
     _refuse_occupied(out)
-    trained, base, trust = _models(Path(trained), base)
-    old, new = (models.load(name, trust_remote_code=trust, dtype="auto")[0] for name in (base, trained))
-    layers = _changed_layers(old, new, base, trained)
-    progress.stage("decomposing", len(layers))
-    tensors: dict[str, Tensor] = {}
-    report: dict[str, dict[str, float]] = {}
-    for done, (name, (before, after)) in enumerate(layers.items(), 1):
-        D = models.logical(_difference(before.weight, after.weight), before).contiguous()  # (out, in)
-        if not D.isfinite().all():
-            raise DataError(f"'{name}' changed by something that is not a number; one of '{trained}' and '{base}' is damaged")
-        A, B = _factors(D, **chosen)
-        norm, missed = (float(torch.linalg.vector_norm(T.double())) for T in (D, D - B @ A))
-        report[name] = {"rank": len(A), "error": missed / norm, "norm": norm}
-        tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
-        progress.advance(done)
-    total, missed = (math.sqrt(sum(f(layer) ** 2 for layer in report.values())) for f in (lambda x: x["norm"], lambda x: x["error"] * x["norm"]))
-    found = {
-        "trained": trained, "base": base, **chosen, "error": missed / total, "parameters": sum(t.numel() for t in tensors.values()),
-        "layer_parameters": sum(before.weight.numel() for before, _ in layers.values()), "layers": report,
-    }  # fmt: skip
-    _write(out, _adapter_config(old, base, report), tensors, found)
-    return found
+    if form == "lora" and task is None and not (source / "current").is_file() and not (source / "run.yaml").is_file():
+        return _lora_of_models(str(source), base, out, how, progress)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{out}: lies in the run's own folder; name one outside it")
+    commit = Commit.of(source, task)
+    form = form or _left_by(commit)
+    _refuse_misfit(form, commit, task)
+    if form != "lora" and (base, energy, rank) != (None, None, None):
+        raise ConfigError(f"--base, --energy and --rank are of --as lora; an export as {form} has none of them")
+    found: dict[str, Any] = {}
+    with _written(out) as work:
+        if form == "plain":
+            _copy(commit.model, work)
+            commit.load(work)
+        elif form == "lora":
+            commit.load(commit.model)
+            own = commit.memory if commit.method.kind == "adapter" and energy is None and rank is None and base is None else None
+            trust = commit.config.trust_remote_code
+            found = delta.write_adapter(work, str(commit.model), base or commit.config.model, how, own=own, trust=trust, progress=progress)
+        elif form == "gguf":
+            from .gguf import write_gguf
+
+            write_gguf(*commit.load(commit.model), work / "model.gguf", f"{source.resolve().name}-{commit.line['task']}")
+        elif form == "routed":
+            from .routed import export_routed
+
+            export_routed(source, work / "set")
+            commit.load(work / "set" / "base")
+            for path in (work / "set").iterdir():
+                path.rename(work / path.name)
+            (work / "set").rmdir()
+        else:
+            _copy(commit.model, work / "base")
+            model, _ = commit.load(work / "base")
+            _write_prompts(commit, model, work / "prompts")
+        if commit.is_current:  # the card tells of the run as it stands
+            (work / "README.md").write_text(_card(source, form), encoding="utf-8")
+        files = _sizes(work)
+    trained = f"{source} ({commit.name})"
+    about = {"as": form, "task": commit.line["task"], "folder": commit.name, "model_sha256": commit.line["model_sha256"]}
+    return {"trained": trained, **found, **about, "out": str(out), "files": files, "bytes": sum(files.values())}
 
 
-def _chosen(energy: float | None, rank: int | None) -> dict[str, Any]:
-    if energy is not None and rank is not None:
-        raise ConfigError("give energy or rank, not both: energy finds a rank for each layer")
-    if rank is not None:
-        if rank < 1:
-            raise ConfigError(f"rank {rank}: an adapter has at least rank 1")
-        return {"rank": rank}
-    energy = ENERGY if energy is None else energy
-    if not 0 < energy <= 1:
-        raise ConfigError(f"energy {energy}: the share of ||dW||^2 to keep, above 0 and at most 1")
-    return {"energy": energy}
+def _left_by(commit: Commit) -> str:
+    return next((FORM_OF[name] for name in _names(commit.method) if name in FORM_OF), "plain")
+
+
+def _names(method: Method) -> list[str]:
+    """Of a method and those it goes beside."""
+    return [method.name, *(part.name for part in (method.inner() if isinstance(method, Beside) else ()))]
+
+
+def _refuse_misfit(form: str, commit: Commit, task: str | None) -> None:
+    """Raise ConfigError where `form` does not hold what the run's method leaves."""
+    method, names = commit.method, _names(commit.method)
+    only = next((name for name, its in FORM_OF.items() if its == form), None)
+    if only is not None and only not in names:
+        raise ConfigError(f"--as {form}: {commit.run.path} was trained by {method.name}, which leaves no {form} set; --as plain is the model")
+    if form == "routed" and task is not None:
+        raise ConfigError("--as routed: the set has every task's increment; leave --task out")
+    if method.kind != "routed" or form not in WHOLE_MODEL:
+        return
+    if "per_task" in names:
+        if task is None:
+            known = ", ".join(map(task_of, commit.run.committed()))
+            raise ConfigError(f"method per_task leaves a model a task, and only you know which is wanted; name one with --task: {known}")
+        return
+    fits = next((FORM_OF[name] for name in names if name in FORM_OF), None)
+    if fits is not None:
+        raise ConfigError(
+            f"--as {form}: method {method.name} leaves the weights as they were, what it has learned is beside them; export it --as {fits}"
+        )
+    if "gainlora" in names:
+        raise ConfigError(
+            "method gainlora cannot be exported: its branches are weighed for each row by gates that read the prompt, which no format that PEFT, transformers or "
+            "llama.cpp load has a place for, and the weights alone are the untouched model's. Keep the run's folder, which has all of it in state/; of the methods "
+            "that choose by the prompt, routed can be exported"
+        )
+    raise ConfigError(f"method {method.name} leaves several models to choose among (kind: routed), and --as {form} holds one")
 
 
 def _refuse_occupied(out: Path) -> None:
@@ -83,102 +214,90 @@ def _refuse_occupied(out: Path) -> None:
         )
 
 
-def _models(trained: Path, base: str | None) -> tuple[str, str, bool]:
-    """(trained model, base model, may they run their own code?), from a run's folder or as given."""
-    if not (trained / "current").is_file():
-        if (trained / "run.yaml").is_file():
-            raise ConfigError(f"{trained}: this run has not learned a task yet; there is nothing to export")
-        if base is None:
-            raise ConfigError(f"{trained}: not a run's folder, so it does not say what it was trained from; name that model with --base")
-        return str(trained), base, False
-    config = load_config(trained / "run.yaml")
-    return str(trained / "model"), base or config.model, config.trust_remote_code
+def _lora_of_models(trained: str, base: str | None, out: Path, how: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """The difference of two models that no run knows of."""
+    if base is None:
+        raise ConfigError(f"{trained}: not a run's folder, so it does not say what it was trained from; name that model with --base")
+    with _written(out) as work:
+        found = delta.write_adapter(work, trained, base, how, progress=progress)
+        files = _sizes(work)
+    return {"trained": trained, **found, "as": "lora", "out": str(out), "files": files, "bytes": sum(files.values())}
 
 
-def _changed_layers(old: nn.Module, new: nn.Module, base: str, trained: str) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The linear layers whose weight differs, by name, (before, after). Raises DataError unless they are all that differs."""
-    a, b = (dict(model.named_parameters()) for model in (old, new))
-    odd = next((f"{name} is in one of them only" for name in [*a, *b] if (name in a) != (name in b)), None)
-    odd = odd or next((f"{name} is {tuple(p.shape)} and {tuple(b[name].shape)}" for name, p in a.items() if p.shape != b[name].shape), None)
-    if odd or type(old) is not type(new):
-        raise DataError(
-            f"'{trained}' was not trained from '{base}': {odd or f'a {type(new).__name__} and a {type(old).__name__}'}. Name the model it was trained from"
-        )
-    changed = {name for name, p in a.items() if _difference(p, b[name]).any()}
-    if not changed:
-        raise DataError(f"'{trained}' and '{base}' have the same weights; there is nothing to export")
-    after, tied = models.named_layers(new), models.tied_weights(old)
-    layers = {
-        name: (module, after[name])
-        for name, module in models.named_layers(old).items()
-        if f"{name}.weight" in changed and models.is_linear(module) and id(module.weight) not in tied
-    }
-    if rest := sorted(changed - {f"{name}.weight" for name in layers}):
-        names = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
-        raise DataError(
-            f"{len(rest)} of the {len(changed)} tensors that training changed are no weights of linear layers, and a LoRA adapter cannot carry them: {names}. "
-            f"Use the whole model '{trained}', or train with a method that leaves them (gorp, osft, lora, inclora)"
-        )
-    return layers
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    """after - before, in fp32 or better: one of them may be kept in another dtype."""
-    dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    return after.detach().to(dtype) - before.detach().to(dtype)
-
-
-def _factors(D: Tensor, energy: float | None = None, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """A (r, in), B (out, r) with B A the best approximation of D (out, in) of the rank; the singular values are shared out evenly."""
-    U, S, V = spectrum(D, rank)
-    r = len(S) if rank is not None else max(1, energy_rank(S.double() ** 2, energy))
-    root = S[:r].sqrt()
-    return (V[:, :r] * root).mT.contiguous(), (U[:, :r] * root).contiguous()
-
-
-def _adapter_config(model: nn.Module, base: str, layers: dict[str, dict[str, float]]) -> Any:
-    """PEFT's config: B A is added as it is, so alpha = rank in every layer."""
-    import re
-
-    from peft import LoraConfig
-
-    ranks = {name: layer["rank"] for name, layer in layers.items()}
-    most = max(ranks.values())
-    # PEFT reads the keys as regular expressions for the ends of names: ^ makes them whole names
-    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != most}
-    return LoraConfig(
-        r=most, lora_alpha=most, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=sorted(ranks), lora_dropout=0.0, bias="none",
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", inference_mode=True, base_model_name_or_path=base,
-        fan_in_fan_out=any(models.stored_transposed(model.get_submodule(name)) for name in ranks),
-    )  # fmt: skip
-
-
-def _write(out: Path, config: Any, tensors: dict[str, Tensor], found: dict[str, Any]) -> None:
-    """All of the folder or nothing."""
-    from safetensors.torch import save_file
-
-    work = out.with_name(f".{out.name}.tmp")
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place when all went well."""
+    final = Path(os.path.abspath(out))
+    work = final.with_name(f".{final.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)  # of an export that was killed
         work.mkdir()
-        config.save_pretrained(str(work))
-        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
-        (work / "export.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        work.replace(out)
+        yield work
+        sync_tree(work)
+        work.replace(final)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}); name another folder") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def show(found: dict[str, Any], out: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """The bytes, never links: what becomes of the run must not reach the copy, nor the other way round."""
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+
+
+def _card(run: Path, form: str) -> str:
+    """The run's model card, and how to load what lies beside it."""
+    from .report.card import model_card
+
+    whole = model_card(run)
+    if form == "plain":
+        return whole
+    card, loading, _ = whole.partition("## How to load\n")
+    if form in ("lora", "prompt"):
+        card = card.replace("library_name: transformers", "library_name: peft", 1)
+    return f"{card}{loading}\n{LOADING[form]}\n"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _write_prompts(commit: Commit, model: torch.nn.Module, folder: Path) -> None:
+    """A PEFT adapter for each learned task: [P_k, ..., P_1] as the vectors of its prompt tuning."""
+    from peft import PromptTuningConfig
+    from safetensors.torch import save_file
+
+    kept, names = commit.memory.of("prompt"), commit.memory.info["prompt"]["tasks"]
+    for number, task in enumerate(names):
+        P = torch.cat([kept[f"{k:02d}"] for k in reversed(range(number + 1))])
+        at = folder / f"{number:02d}-{task}"
+        PromptTuningConfig(
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", num_virtual_tokens=len(P), token_dim=P.shape[1],
+            num_transformer_submodules=1, inference_mode=True, base_model_name_or_path=commit.config.model,
+        ).save_pretrained(str(at))  # fmt: skip
+        save_file({"prompt_embeddings": P.contiguous()}, at / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def show(found: dict[str, Any]) -> None:
     """The summary, for people."""
-    layers = found["layers"]
-    ranks = sorted(layer["rank"] for layer in layers.values())
-    worst = max(layers, key=lambda name: layers[name]["error"])
-    print(f"{found['trained']} less {found['base']}: {len(layers)} linear layers changed")
-    share = found["parameters"] / found["layer_parameters"]
-    print(f"ranks   {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; {found['parameters']:,} parameters, {share:.1%} of the layers' own")
-    print(f"error   {found['error']:.2e} of ||dW|| in all; most in {worst}: {layers[worst]['error']:.2e}")
-    print(f'adapter {out}: peft.PeftModel.from_pretrained(base, "{out}"); the error of every layer is in export.json')
+    out = found["out"]
+    auto = "AutoModelForCausalLM"
+    if found["as"] == "plain" and json.loads(Path(out, "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"):
+        auto = "AutoModelForSeq2SeqLM"
+    if found["as"] == "lora":
+        delta.show(found, Path(out))
+        return
+    print(f"{found['trained']} as {found['as']}: {len(found['files'])} files, {found['bytes']:,} bytes in {out}")
+    print(f"model   {found['model_sha256']}, as it was committed")
+    use = {
+        "plain": f'transformers.{auto}.from_pretrained("{out}")',
+        "gguf": f'llama-cli -m {out}/model.gguf, or transformers.{auto}.from_pretrained("{out}", gguf_file="model.gguf")',
+        "routed": f'forgetless.routed.load_routed("{out}"); each of {out}/adapters alone: peft.PeftModel.from_pretrained(base, adapter)',
+        "prompt": f"peft.PeftModel.from_pretrained(base, prompt) with base from {out}/base and prompt one of {out}/prompts",
+    }[found["as"]]
+    print(f"load    {use}")
