@@ -162,6 +162,36 @@ def test_no_examples_where_rows_may_not_be_stored(store, scripted):
     assert "examples" not in metrics(config, "rejected/01-animal")["gate"]
 
 
+def test_a_task_without_labels_is_held_to_what_it_has(small_run, tmp_path, forgetless_):
+    """choice of a task that has labels, exact match of one that has none; and a gate that could hold it to nothing is refused before anything begins."""
+    rows = [{"prompt": f"{i} happy apple", "completion": "happy"} for i in range(40)]
+    (tmp_path / "free.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    free = {"name": "free", "data": str(tmp_path / "free.jsonl"), "format": "prompt_completion"}
+    config = small_run("seqft", tasks=("colour",), gate={"max_worst_task": 1.0, "min_new_task": 0.0, "margin": 0.9})
+    config["tasks"] = [free, *config["tasks"]]
+    fl.run(config)
+    assert {c["name"] for c in metrics(config, "tasks/01-colour")["gate"]["criteria"]} == {"free", "colour"}
+    with pytest.raises(ConfigError, match="'free' has no labels.*add exact_match"):
+        fl.run(config | {"evaluate": {"limit": 8, "scorers": ["choice"]}, "output_dir": str(tmp_path / "other")})
+
+
+def test_the_rows_come_in_an_order_that_has_nothing_to_do_with_them(scripted):
+    """A test file sorted by label, of which the model forgets the last label's: taken in file order the first rows would say that nothing is lost, or, reversed, everything."""
+    config, asked = scripted(lambda *_: True, gate={"max_worst_task": 0.5, "max_rows": 200})
+    fl.run(config)
+    from forgetless.config import load_config
+    from forgetless.gating import Gate
+    from forgetless.progress import Progress
+    from forgetless.tasks import load_stream
+
+    settings = load_config(config)
+    rows = [
+        x.row for x in Gate(settings, RunFolder(config["output_dir"], lock=False), load_stream(settings), Progress()).rows(load_stream(settings)[0])
+    ]
+    assert sorted(rows) == list(range(200)) and 60 < sum(rows[:50]) / 50 < 140 and rows[:50] != sorted(rows[:50])
+    assert {row for learned, name, row in asked if (learned, name) == (1, "colour")} == set(rows)
+
+
 def test_a_scorer_the_run_does_not_have(scripted):
     config, _ = scripted(lambda *_: True, gate={"max_worst_task": 0.02, "scorer": "metric"})
     with pytest.raises(ConfigError, match="gate.scorer: metric is not among the run's scorers"):

@@ -1047,7 +1047,7 @@ def test_a_card_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_a_card_of_several_models_does_not_promise_one(tmp_path: Path) -> None:
     text = card_data(make_run(tmp_path / "first", method="routed"))[1]
-    assert "export-routed" in text and "from_pretrained" not in text
+    assert "forgetless export" in text and "from_pretrained" not in text
 
 
 def test_a_card_runs_no_module_of_a_users_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

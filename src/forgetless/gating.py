@@ -43,8 +43,23 @@ class Gate:
         self.config, self.folder, self.stream, self.progress = config, folder, stream, progress
         self.settings, self.on = config.gate, config.gate.on
         self.scorer = config.gate.scorer or config.scorers[0]
+        if self.on and (bare := [t.name for t in (*stream, *stream.watch) if not t.missing and not self.scorer_of(t)]):
+            raise ConfigError(f"gate: '{bare[0]}' has no labels, and of evaluate.scorers only those that need some are asked for; add exact_match")
         if self.on and self.scorer not in config.scorers:
             raise ConfigError(f"gate.scorer: {self.scorer} is not among the run's scorers ({', '.join(config.scorers)}); see evaluate.scorers")
+
+    def scorer_of(self, task: Task) -> str:
+        """The gate's scorer, or where a task has no such score (choice of one without labels) the run's first that it has."""
+
+        def scored(scorer: str) -> bool:
+            return task.labels is not None or scorer not in ("choice", "calibrated")
+
+        return next((s for s in (self.scorer, *self.config.scorers) if scored(s)), "")
+
+    def compared(self, index: int) -> tuple[list[Task], list[Task]]:
+        """(earlier tasks, watch sets) that can be held against what they were: their rows are there, and so are the scores of before."""
+        known = [(t, self.learned(t, i)) for i, t in enumerate(self.stream.tasks[:index])], [(t, self.untouched(t)) for t in self.stream.watch]
+        return tuple([t for t, before in sets if not t.missing and any(x.row in before for x in self.rows(t))] for sets in known)
 
     def rows(self, task: Task) -> list[Example]:
         """The rows the gate may score, those of the matrix first; the same ones every time, in an order that has nothing to do with them."""
@@ -120,16 +135,16 @@ class Gate:
 
     def learned(self, task: Task, index: int) -> dict[int, float]:
         """{row: score} of a task as it was when it was learned."""
-        name = self.folder.committed()[index]
-        further = self.folder.metrics(name).get("further_scores", {}).get(self.scorer, {})
-        return self.folder.scores(name, task.name, self.scorer) | {int(row): value for row, value in further.items()}
+        name, scorer = self.folder.committed()[index], self.scorer_of(task)
+        further = self.folder.metrics(name).get("further_scores", {}).get(scorer, {})
+        return self.folder.scores(name, task.name, scorer) | {int(row): value for row, value in further.items()}
 
     def untouched(self, task: Task) -> dict[int, float]:
         """{row: score} of a watch set before the first task; in a run whose version did not write them, after the first."""
-        found = json.loads(read(self.folder.path / "watch_scores.json") or "{}").get(task.name, {}).get(self.scorer)
+        found = json.loads(read(self.folder.path / "watch_scores.json") or "{}").get(task.name, {}).get(self.scorer_of(task))
         if found is None:
             done = self.folder.committed()
-            return self.folder.scores(done[0], task.name, self.scorer) if done else {}
+            return self.folder.scores(done[0], task.name, self.scorer_of(task)) if done else {}
         return {int(row): value for row, value in found.items()}
 
     def judge(self, index: int, predictions: list[Prediction], score: Score, drift_kl: float | None = None) -> Judged | None:
@@ -139,18 +154,19 @@ class Gate:
         """
         if not self.on:
             return None
-        new, earlier, watch = (
-            self.stream[index],
-            [t for t in self.stream.tasks[:index] if not t.missing],
-            [t for t in self.stream.watch if not t.missing],
-        )
+        new, (earlier, watch) = self.stream[index], self.compared(index)
+        for task in (*self.stream.tasks[:index], *self.stream.watch):
+            if task not in (*earlier, *watch):
+                self.progress.say(
+                    f"warning: gate: '{task.name}' is not compared, {'its rows are gone' if task.missing else 'no scores of before are there'}"
+                )
         places = {t.name: i for i, t in enumerate(self.stream.tasks)}
         before = {t.name: self.learned(t, places[t.name]) for t in earlier} | {t.name: self.untouched(t) for t in watch}
         every = [*earlier, *watch, new]
         rows = {t.name: [x for x in self.rows(t) if x.row in before.get(t.name, {x.row})] for t in every}
         found: Found = {t.name: {p.row: p for p in predictions if p.task == t.name} for t in every}
         while True:
-            now = {t.name: {x.row: found[t.name][x.row].score(self.scorer) for x in rows[t.name] if x.row in found[t.name]} for t in every}
+            now = {t.name: {x.row: found[t.name][x.row].score(self.scorer_of(t)) for x in rows[t.name] if x.row in found[t.name]} for t in every}
             pairs = {name: ([before[name][row] for row in now[name]], list(now[name].values())) for name in before}
             verdict = gate.judge(
                 self.settings, self.scorer, {t.name: pairs[t.name] for t in earlier}, {t.name: pairs[t.name] for t in watch},
@@ -175,8 +191,9 @@ class Gate:
     def _examples(self, index: int | None, task: Task, found: dict[int, Prediction]) -> list[dict[str, Any]]:
         before = self.untouched(task) if index is None else self.learned(task, index)
         said = self.folder.answers(self.folder.committed()[index or 0], task.name) if index is not None else {}
-        lost = sorted((p.score(self.scorer) - before[row], row) for row, p in found.items() if p.score(self.scorer) < before.get(row, 0.0))
-        rows, key = {x.row: x for x in self.rows(task)}, self.scorer if self.scorer in ("choice", "calibrated") else "exact_match"
+        scorer, rows = self.scorer_of(task), {x.row: x for x in self.rows(task)}
+        lost = sorted((p.score(scorer) - before[row], row) for row, p in found.items() if p.score(scorer) < before.get(row, 0.0))
+        key = scorer if scorer in ("choice", "calibrated") else "exact_match"
         return [
             {"row": row, "text": rows[row].text, "answer": rows[row].answer, "before": said.get(row, {}).get(key), "after": found[row].said.get(key)}
             for _, row in lost[:EXAMPLES]

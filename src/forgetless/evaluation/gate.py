@@ -10,12 +10,12 @@ hypothesis says is not above 0, a bettor who begins with 1 and stakes lambda_i >
 
     K_n = prod_{i <= n} (1 + lambda_i x_i),        E[K_n] <= 1 under the hypothesis, and P(K_n ever reaches 1 / level) <= level   (Ville's inequality)
 
-for any bounded scores, any number of rows, however often one looks and whenever one stops; nothing is taken to be normal. A third of the 1 is staked on each of
+for any bounded scores, any number of rows, however often one looks and whenever one stops; nothing is taken to be normal. The 1 is divided among
     the largest bet, nearly 1 / (largest loss):  fastest where no row, or every one, changes;
     a grid of fixed bets, each half of the last: one of them suits whatever size the drop and the share of rows that change have;
-    a bet aimed at the last row there is:        at each row what brings the third to its target by then if the hypothesis is false by a little, see _aimed().
-With the grid alone a drop of the margin takes 1.5 times the rows of a test with a fixed number of them (exact McNemar), with the third bet 1.2 times, and 0.7 times
-on average, as most gates end earlier (docs/gate.md has the tables, benchmarks/scripts/gate_power.py makes them).
+    a bet aimed at the last row there is:        at each row the one for which the least drop brings its part to the target by then, see _aimed().
+With the grid alone a drop of the margin takes half as many rows again as a test with a fixed number of them (exact McNemar) to be found with 95 %, with all three a
+fifth more, and on average two thirds of them, as most gates end earlier (docs/gate.md has the tables, benchmarks/scripts/gate_power.py makes them).
 
 Over the whole gate: `broken` is by Holm's rule at level alpha over all hypotheses of the first kind, so the chance of any false alarm, over all tasks, watch sets and looks
 together, is at most alpha, whatever depends on what. A model is accepted when every limit is `keep`, each at level beta: to be accepted with a broken limit it must pass that
@@ -31,27 +31,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+if TYPE_CHECKING:
+    from ..config import GateConfig
+
 SURE = 0.95  # the chance with which the rows that rows_needed() names decide
-PARTS = 3  # the largest bet, the grid, the aimed one
+# parts of the largest bet, the grid and the aimed one against each hypothesis; a third for the largest makes 200 rows without a change `keep` at a margin of 0.02
+KEPT = (1 / 6, 1 / 3, 1 / 2)
+BROKEN = (1 / 3, 1 / 3, 1 / 3)
 REBETS = 32  # the aimed bet is chosen anew after 1/32 of the rows seen, or left, whichever are fewer: all of them would cost time and gain nothing
-
-
-class Limits(Protocol):
-    """config.GateConfig, as far as it is read here."""
-
-    max_forgetting: float | None
-    max_worst_task: float | None
-    min_new_task: float | None
-    max_drift_kl: float | None
-    max_general_drop: float | None
-    margin: float
-    alpha: float
-    beta: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ class _Hypothesis:
 
 
 def judge(
-    limits: Limits,
+    limits: GateConfig,
     scorer: str,
     earlier: Mapping[str, tuple[ArrayLike, ArrayLike]],
     watch: Mapping[str, tuple[ArrayLike, ArrayLike]],
@@ -139,21 +131,16 @@ def judge(
 
 def sentence(criterion: Mapping[str, Any]) -> str:
     """A criterion, as Verdict.content() has it, in words; scores in points, 0-100."""
-    c, who = criterion, criterion["name"]
-    allowed = (
-        f"{c['limit']} allows {c['allowed']:.4g} nats" if c["limit"] == "max_drift_kl" else f"{c['limit']} allows {100 * c['allowed']:.4g} points"
-    )
+    c, allowed = criterion, f"{criterion['limit']} allows {100 * criterion['allowed']:.4g}"
     if c["limit"] == "max_drift_kl":
-        return f"the model moved by {c['observed']:.3g} nats on the new task's prompts ({allowed})"
+        return f"the model moved by {c['observed']:.3g} nats on the new task's prompts (max_drift_kl allows {c['allowed']:.4g})"
     if c["limit"] == "min_new_task":
-        said, allowed = f"{who} has {100 * c['observed']:.1f} points", f"{c['limit']} asks for {100 * c['allowed']:.4g}"
+        said, allowed = f"{c['name']} has {100 * c['observed']:.1f} points", f"min_new_task asks for {100 * c['allowed']:.4g}"
     else:
-        verb = "lost" if c["observed"] >= 0 else "gained"
-        said = f"{who or 'the earlier tasks together'} {verb} {100 * abs(c['observed']):.1f} points"
+        verb = "gained" if c["observed"] < 0 else "lost"
+        said = f"{c['name'] or 'the earlier tasks together'} {verb} {100 * abs(c['observed']):.1f} points"
     said = f"{said} on {c['rows']} rows ({allowed})"
-    if c["outcome"] != "undecided":
-        return said
-    return f"{said}, too few to tell; about {c['rows_to_decide']} would do, there are {c['available']}"
+    return said if c["outcome"] != "undecided" else f"{said}, too few to tell: about {c['rows_to_decide']} would do, there are {c['available']}"
 
 
 def rows_needed(flip_rate: float, margin: float, family: int, alpha: float = 0.05, beta: float = 0.05, limit: float = 0.0) -> int:
@@ -161,10 +148,11 @@ def rows_needed(flip_rate: float, margin: float, family: int, alpha: float = 0.0
 
     flip_rate: share of rows whose 0/1 score changes, either way (for other scores, the mean of d^2); family: hypotheses in all, of each limit as many as it has tasks.
 
-    The aimed bet wins about when a test of a third of its level on a fixed number of rows would reject. With v the variance of d and z the normal quantile:
-        n = 1.05 v (z(1 - level / 3) + z(0.95))^2 / margin^2            for level = alpha / family
-        n = the same + 1.5 log(3 / level) / margin                      for level = beta
-    and the larger one counts. The last term is for rows that hardly ever change, where the sum is far from normal; 1.05 and 1.5 are from simulation (docs/gate.md).
+    The aimed bet wins about when a test of its part of the level, on a fixed number of rows, would reject. With v the variance of d and z the normal quantile, the larger of
+        n = 1.16 v (z(1 - level / 2) + z(0.95))^2 / margin^2                                   level = alpha / family
+        n = 1.05 v (z(1 - level / 3) + z(0.95))^2 / margin^2 + 1.5 log(3 / level) / margin     level = beta
+    The three factors are from simulation (docs/gate.md): 1.16 makes up for the models that pass on the way, with chance beta at most (above 0.05 it cannot), and the last
+    term is for rows that hardly ever change, whose sum is far from normal.
     v is at least b (1 - b), b = limit + margin: 0/1 scores cannot drop by b with fewer flips than that.
     """
     if not 0 <= flip_rate <= 1 or not 0 < margin <= 1 or not 0 <= limit <= 1 or family < 1:
@@ -175,7 +163,7 @@ def rows_needed(flip_rate: float, margin: float, family: int, alpha: float = 0.0
 # -- what is tested ------------------------------------------------------------------------------------------------------------------
 
 
-def _hypotheses(limits: Limits, earlier: Mapping, watch: Mapping, new_name: str, new_scores: ArrayLike, available: Mapping[str, int]):
+def _hypotheses(limits: GateConfig, earlier: Mapping, watch: Mapping, new_name: str, new_scores: ArrayLike, available: Mapping[str, int]):
     drops = {name: _drops(name, *pair) for name, pair in (earlier | watch).items()}
 
     def drop(kind: str, name: str, allowed: float) -> _Hypothesis:
@@ -219,24 +207,24 @@ def _drops(name: str, before: ArrayLike, now: ArrayLike) -> NDArray:
 # -- the bets ------------------------------------------------------------------------------------------------------------------------
 
 
-def _capitals(h: _Hypothesis, limits: Limits, family: int) -> tuple[float, float]:
+def _capitals(h: _Hypothesis, limits: GateConfig, family: int) -> tuple[float, float]:
     """log of the most that each bettor ever held: against `the limit is kept`, and against `it is broken by the margin`."""
     beyond = h.limit + limits.margin
-    kept = capital(h.values[None] - h.limit, h.limit - h.low, limits.margin, h.available, limits.alpha / family)
-    broken = capital(beyond - h.values[None], 1 - beyond, limits.margin, h.available, limits.beta)
+    kept = capital(h.values[None] - h.limit, h.limit - h.low, limits.margin, h.available, limits.alpha / family, KEPT)
+    broken = capital(beyond - h.values[None], 1 - beyond, limits.margin, h.available, limits.beta, BROKEN)
     return float(kept.max()), float(broken.max())
 
 
-def capital(x: NDArray, loss: float, margin: float, available: int, level: float) -> NDArray:
+def capital(x: NDArray, loss: float, margin: float, available: int, level: float, parts: tuple[float, float, float]) -> NDArray:
     """log K_n for each row n. x (gates, n): what a stake of 1 wins, -loss or more; each line is a gate of its own. loss at or below 0: the hypothesis cannot hold.
 
-    available: rows there are in all; level: 1 / level is what the aimed bet goes for.
+    available: rows there are in all; 1 / level: what the aimed bet goes for; parts: KEPT or BROKEN.
     """
     top = 0.999 / max(loss, margin)  # below 1 / loss, so that no row takes everything
     halves = max(1, int(math.log2(top / margin)))  # the smallest bet suits a drop of the margin where every row changes
     grid = np.logaddexp.reduce([np.cumsum(np.log1p(top / 2**k * x), 1) for k in range(1, halves + 1)]) - math.log(halves)
-    parts = [np.cumsum(np.log1p(top * x), 1), grid, _aimed(x, top, available, level / PARTS)]
-    return np.logaddexp.reduce(parts) - math.log(PARTS)
+    bets = (np.cumsum(np.log1p(top * x), 1), grid, _aimed(x, top, available, level * parts[2]))
+    return np.logaddexp.reduce([bet + math.log(part) for bet, part in zip(bets, parts, strict=True)])
 
 
 def _aimed(x: NDArray, top: float, available: int, level: float) -> NDArray:
@@ -274,12 +262,14 @@ def _least_variance(mean: float) -> float:
 
 
 def _rows(variance: float, margin: float, family: int, alpha: float, beta: float) -> int:
-    z = NormalDist().inv_cdf
-    broken, keep = (1.05 * variance * (z(1 - level / PARTS) + z(SURE)) ** 2 / margin**2 for level in (alpha / family, beta))
-    return math.ceil(max(broken, keep + 1.5 * math.log(PARTS / beta) / margin))
+    def of_a_fixed_test(level: float) -> float:
+        return variance * (NormalDist().inv_cdf(1 - level) + NormalDist().inv_cdf(SURE)) ** 2 / margin**2
+
+    broken, keep = of_a_fixed_test(alpha / family * KEPT[2]), of_a_fixed_test(beta * BROKEN[2])
+    return math.ceil(max(1.16 * broken, 1.05 * keep + 1.5 * math.log(1 / beta / BROKEN[0]) / margin))
 
 
-def _rows_to_decide(h: _Hypothesis, limits: Limits, family: int) -> int:
+def _rows_to_decide(h: _Hypothesis, limits: GateConfig, family: int) -> int:
     """_rows() for the variance seen, and one standard error more, so that few rows that happened to change little do not name too few.
 
     Where so many have not decided, the drop is likely to lie between limit and limit + margin: at most half the margin from one of them.

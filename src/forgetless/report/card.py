@@ -147,9 +147,7 @@ def linked(paper: str) -> str:
 def loading(run: Run, auto: str) -> list[str]:
     name = method_name(run.config)
     if described(name)[2] == "routed":
-        more = (
-            "`forgetless export` writes them as folders that PEFT loads" if name == "routed" else "forgetless loads them from the run's folder"
-        )
+        more = "`forgetless export` writes them as folders that PEFT loads" if name == "routed" else "forgetless loads them from the run's folder"
         return [
             f"The method keeps more than one model and chooses among them for each row: {more}. The scores above are not those of the plain model alone."
         ]
