@@ -204,7 +204,7 @@ def test_a_changed_line_of_the_lineage(run, forgetless_):
     lines = (path / "lineage.jsonl").read_text().splitlines()
     lines[1] = lines[1].replace('"kind":"task"', '"kind":"task","more":1')
     (path / "lineage.jsonl").write_text("\n".join(lines) + "\n")
-    assert history.verify("run")["damage"] == ["line 2 of lineage.jsonl (task animal) is not what was written"]
+    assert history.verify("run")["damage"][0] == "line 2 of lineage.jsonl (task animal) is not what was written"
     assert forgetless_("rollback", "run", "--to", "colour")[0] == 4 and current(path) == "02-mood"
 
 

@@ -57,58 +57,62 @@ def _signed(value: float, key: str) -> str:
 
 def print_log(entries: list[dict]) -> None:
     """The lineage, a line each: newest last, the current commit marked."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in ("#", "", "what", "folder", "scores (%)", "gate", "tags", "own MB", "hash"):
-        table.add_column(name, justify="right" if name in ("#", "own MB") else "left", no_wrap=name in ("folder", "hash"))
+    console, table = _plain("", "#", "what", "folder", "scores (%)", "gate", "tags", "MB", "model", "hash", right=("#", "MB"))
     for e in entries:
         mark = "*" if e["current"] else "+" if e["on_the_way"] else ""
-        scores = " ".join(_cell(s) or "." for s in e["scores"])
-        size = "" if e["kind"] == "rollback" else f"{e['bytes'] / 1e6:.1f}" + ("" if e["model"] else ", no model")
-        what = f"{e['kind']} to" if e["kind"] == "rollback" else e["kind"]
-        table.add_row(
-            str(e["number"]), mark, what, e["folder"], scores, e["gate"] or "", " ".join(e["tags"]), size, e["hash"][:10], style="" if mark else "dim"
-        )
-    console = Console()
+        measured = max((j for j, s in enumerate(e["scores"], 1) if s is not None), default=0)
+        scores = " ".join(_cell(s) or "-" for s in e["scores"][:measured])
+        size, model = ("", "") if e["kind"] == "rollback" else (f"{e['bytes'] / 1e6:.1f}", "kept" if e["model"] else "let go")
+        row = (mark, str(e["number"]), e["kind"], e["folder"], scores, e["gate"] or "", " ".join(e["tags"]), size, model, e["hash"][:10])
+        table.add_row(*row, style="" if mark else "dim")
     console.print(table)
     scorer = next((e["scorer"] for e in entries if e["scorer"]), "")
-    console.print(f"* current, + on the way to it; scores: {scorer}, a column a task", highlight=False)
+    console.print(
+        f"* current, + on the way to it; scores by {scorer}, a column a task; MB of its own, what earlier commits share is not counted",
+        highlight=False,
+    )
 
 
 def print_diff(found: dict) -> None:
     """What moved between two commits: the tasks, then the modules."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title=f"{found['a']} -> {found['b']} (%)", title_justify="left")
-    for name in ("task", "score", "before", "after", "change", "95 %", "rows", "worse", "better"):
-        table.add_column(name, justify="left" if name in ("task", "score") else "right")
+    console, table = _plain(
+        "task",
+        "score",
+        "before",
+        "after",
+        "change",
+        "95 %",
+        "rows",
+        "worse",
+        "better",
+        right=("before", "after", "change", "95 %", "rows", "worse", "better"),
+    )
     for s in found["scores"]:
         interval = f"{100 * s['ci95'][0]:+.1f} to {100 * s['ci95'][1]:+.1f}"
-        table.add_row(
-            s["name"],
-            s["scorer"],
-            _cell(s["before"]),
-            _cell(s["after"]),
-            f"{100 * s['change']:+.1f}",
-            interval,
-            str(s["rows"]),
-            str(s["worse"]),
-            str(s["better"]),
-        )
+        change = (_cell(s["before"]), _cell(s["after"]), f"{100 * s['change']:+.1f}", interval)
+        table.add_row(s["name"], s["scorer"], *change, str(s["rows"]), str(s["worse"]), str(s["better"]))
+    console.print(f"{found['a']} -> {found['b']} (%)", highlight=False)
     console.print(table)
     if found["modules"] is None:
         console.print("weights: not compared, one of the models was let go")
         return
-    table = Table(title=f"weights: {found['weights']:.2e} of their norm moved, in {found['changed']} tensors; most in", title_justify="left")
-    table.add_column("tensor")
-    table.add_column("||change|| / ||before||", justify="right")
+    _, table = _plain("tensor", "||change|| / ||before||", right=("||change|| / ||before||",))
     for module in found["modules"]:
         table.add_row(module["name"], f"{module['change']:.2e}")
+    console.print(f"weights: {found['weights']:.2e} of their norm moved, in {found['changed']} tensors; most in", highlight=False)
     console.print(table)
+
+
+def _plain(*columns: str, right: tuple[str, ...] = ()):
+    """(a console that does not fold a line into a narrow terminal's width where nobody looks at a terminal, a table without frames)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console, table = Console(), Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in ("scores (%)", "tags"))
+    return Console(width=200) if not console.is_terminal else console, table
 
 
 def print_verify(run_dir: str, found: dict) -> None:
