@@ -15,6 +15,7 @@ from conftest import write_task
 from safetensors.torch import load_file
 
 import forgetless as fl
+from forgetless.errors import GateRejected
 from forgetless.methods import REGISTRY
 
 HERE = Path(__file__).parent
@@ -200,6 +201,24 @@ def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, through
         again = torchrun("-m", "forgetless", "run", "--progress", "json", config_file(config, tmp_path))
         assert again.returncode == 0 and "goes on from step 2" in again.stderr, again.stderr[-2000:]
         assert (folder / "lineage.jsonl").read_text() == (Path(through_torchrun[0]["output_dir"]) / "lineage.jsonl").read_text()
+
+
+def test_a_gate_in_two_processes(small_run, tmp_path):
+    """They share the rows that are scored and come to one verdict: refused once, nothing current, exit status 3 of the one that speaks, no process left waiting."""
+    config = small_run("seqft", tasks=("colour",), gate={"min_new_task": 1.0, "max_drift_kl": 1000.0, "max_rows": 12}, probes={"every": 3, "rows": 5})
+    config["train"] |= {"learning_rate": 1e-6, "max_steps": 3}
+    ended = torchrun("-m", "forgetless", "run", "--progress", "none", config_file(config, tmp_path), timeout=120)
+    assert ended.returncode and "exitcode  : 3" in ended.stderr and "min_new_task asks for 100" in ended.stderr
+    folder = Path(config["output_dir"])
+    (line,) = map(json.loads, (folder / "lineage.jsonl").read_text().splitlines())
+    assert (line["kind"], line["gate"]) == ("reject", "reject") and not (folder / "current").exists()
+    metrics = json.loads((folder / "rejected/00-colour/metrics.json").read_text())
+    assert metrics["drift"]["prompts"] == 12 and [look["step"] for look in metrics["probes"]] == [0, 3] and metrics["probe_rows"] == {"colour": 5}
+    one = config | {"output_dir": str(tmp_path / "one"), "train": config["train"] | {"per_device_train_batch_size": 8}}
+    with pytest.raises(GateRejected):
+        fl.run(one)
+    alone = json.loads((tmp_path / "one/rejected/00-colour/metrics.json").read_text())
+    assert alone["gate"] == metrics["gate"] and alone["probes"] == metrics["probes"]
 
 
 def test_processes_that_hold_different_models_commit_nothing(small_run, tmp_path):
