@@ -261,7 +261,7 @@ class ProbesConfig(_Model):
     every: int | None = Field(None, ge=1)
     """Steps between two looks; absent: none."""
     rows: int = Field(16, ge=1)
-    """Rows of each task and watch set."""
+    """Rows of each task and watch set; for `stop` take 32 or more, of 16 only a loss of most is seen."""
     stop: bool = False
     """End the task early when the gate is bound to reject it."""
 

@@ -73,6 +73,7 @@ class Gate:
         same = {"index": index, "task": task.name, "data_sha256": task.sha256, "config_sha256": config_sha256(self.config)} | (
             {"train": own} if own else {}
         )
+        same |= {"probes": self.config.probes.model_dump()} if self.on and self.config.probes.stop else {}  # they may end it early
         return same | ({"gate_sha256": text_sha256(canonical(self.settings.model_dump())), "began_at": head(self.folder)} if self.on else {})
 
     def kept_aside(self, task: Task, index: int) -> dict[str, Any] | None:
