@@ -199,3 +199,18 @@ def test_post_is_the_method_that_goes_beside(tmp_path):
     assert (method.name, method.options) == ("merge", {"rule": "ema", "on": {"name": "gorp"}})
     with pytest.raises(ConfigError, match="post: one of lines, merge.*got 'replay'"):
         load_config(base | {"method": {"name": "gorp", "post": "replay"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probes": {"stop": True}}, "probes.stop .* needs probes.every"),
+        ({"probes": {"stop": True, "every": 5}}, "needs gate.max_worst_task"),
+        ({"gate": {"max_wurst_task": 0.1}}, "unknown key 'gate.max_wurst_task'; did you mean 'max_worst_task'"),
+        ({"gate": {"max_worst_task": 2}}, "gate.max_worst_task"),
+        ({"keep": "last 0"}, "one of: all, last N, tagged"),
+    ],
+)
+def test_gate_probes_and_keep(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config({"model": "m", "tasks": [{"name": "a", "data": "a.jsonl"}], "method": "gorp", "output_dir": "r", **changes})

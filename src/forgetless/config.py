@@ -337,6 +337,14 @@ class RunConfig(_Model):
         return check_train(train)
 
     @model_validator(mode="after")
+    def _stops_for_a_reason(self) -> RunConfig:
+        limits = (self.gate.max_forgetting, self.gate.max_worst_task, self.gate.max_general_drop)
+        if self.probes.stop and (self.probes.every is None or all(limit is None for limit in limits)):
+            what = "probes.every" if self.probes.every is None else "gate.max_worst_task, max_forgetting or max_general_drop"
+            raise ValueError(f"probes.stop ends a task that the gate is bound to refuse by its probed rows: it needs {what}")
+        return self
+
+    @model_validator(mode="after")
     def _distinct(self) -> RunConfig:
         seen: dict[str, int] = {}
         for i, task in enumerate(self.tasks):
