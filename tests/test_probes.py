@@ -49,6 +49,9 @@ class FakeGate:
 
     scorer = "choice"
 
+    def scorer_of(self, task):
+        return self.scorer
+
     def learned(self, task, index):
         return {example.row: 1.0 for example in task.test}
 
@@ -345,7 +348,7 @@ def test_without_stop_or_where_the_limit_is_kept_it_is_trained_to_its_end(tiny, 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"gate": {"min_new_task": 0.5}}, "no limit on a drop"), ({"method": "merge"}, "method merge writes the weights anew"), ({"method": "per_task"}, "by what it left of them"),
+    [({"method": "merge"}, "method merge writes the weights anew"), ({"method": "per_task"}, "by what it left of them"),
      ({"method": {"name": "lines", "on": "gorp"}}, "method lines writes the weights anew"), ({"method": "mtl"}, "begins at the untouched model"),
      ({"method": {"name": "replay", "mode": "consolidation"}}, "learns the old rows last")],
 )  # fmt: skip

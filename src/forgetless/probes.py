@@ -53,15 +53,15 @@ class Probe:
     """The looks at one task's training; the trainer calls before() and after_step(). sets: the tasks and watch sets with the rows of each, the same seeded ones every time, the
     first of those that evaluation and the gate take.
 
-    bound_to_fail, with the scorer it reads: what ends the task early, where two looks in a row say so.
+    bound_to_fail, with the scorer it reads of each: what ends the task early, where two looks in a row say so.
     """
 
     def __init__(
         self, tokenizer: Any, sets: list[tuple[Task, list[Example]]], config: RunConfig, autocast: bool, progress: Progress,
-        bound_to_fail: BoundToFail | None = None, scorer: str = "",
+        bound_to_fail: BoundToFail | None = None, scorer_of: Callable[[Task], str] = lambda task: "",
     ):  # fmt: skip
         self.tokenizer, self.sets, self.config, self.autocast, self.progress = tokenizer, sets, config, autocast, progress
-        self.bound_to_fail, self.scorer = bound_to_fail, scorer
+        self.bound_to_fail, self.scorer_of = bound_to_fail, scorer_of
         self.waiting: list[dict[str, Any]] = []  # the look before the first step, until that step has an entry in the log
 
     @classmethod
@@ -89,7 +89,7 @@ class Probe:
         elif p.stop:
             learned = {t.name: judge.learned(t, i) for i, t in enumerate(stream.tasks[:index]) if not t.missing}
             before = learned | {t.name: judge.untouched(t) for t in watch}
-            probe.scorer = judge.scorer
+            probe.scorer_of = judge.scorer_of
             probe.bound_to_fail = partial(bound_to_fail, config.gate, judge.scorer, before, [t.name for t in earlier], [t.name for t in watch])
         return probe
 
@@ -138,7 +138,7 @@ class Probe:
                 found = [p for _, p in sorted(distributed.gathered(list(zip(mine, predictions, strict=True))), key=lambda pair: pair[0])]
                 columns = {name: [p.score(name) for p in found] for name in self.config.scorers}
                 scores[task.name] = {name: sum(v) / len(v) for name, v in columns.items() if None not in v}
-                values[task.name] = {p.row: s for p in found if (s := p.score(self.scorer)) is not None} if self.bound_to_fail else {}
+                values[task.name] = {p.row: s for p in found if (s := p.score(self.scorer_of(task))) is not None} if self.bound_to_fail else {}
         first = self.config.scorers[0]
         self.progress.advance(step, "probed: " + ", ".join(f"{name} {found[first]:.2f}" for name, found in scores.items() if first in found))
         why = self.bound_to_fail(values, step // self.config.probes.every) if self.bound_to_fail and step else None
@@ -178,9 +178,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def not_to_be_stopped(config: RunConfig, method: Method, parts: list[Method]) -> str:
     """Why what is seen of a model in training binds no gate; "" where it does. parts: the method and those it goes beside."""
-    g = config.gate
-    if g.max_worst_task is None and g.max_forgetting is None and g.max_general_drop is None:
-        return "the gate has no limit on a drop (max_worst_task, max_forgetting, max_general_drop)"
     if method.kind == "routed":
         return f"method {method.name} answers earlier tasks by what it left of them, which no step changes"
     for part in parts:
