@@ -478,11 +478,15 @@ def test_a_run_locked_by_another_process(here, finished, forgetless_):
     with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert_says(
-            forgetless_("run", "first.yaml", "--progress", "none"), 2, ["output_dir", f"another process is running there (pid {other.pid} on {socket.gethostname()})", "wait for it"]
+            forgetless_("run", "first.yaml", "--progress", "none"),
+            2,
+            ["output_dir", f"is running there (pid {other.pid} on {socket.gethostname()})", "wait for it"],
         )
         other.communicate()
     after = contents(Path("run"))
-    assert json.loads(after.pop(".lock")) == {"pid": other.pid, "host": socket.gethostname()} and before.pop(".lock") == b""  # it ended without unlocking
+    assert (
+        json.loads(after.pop(".lock")) == {"pid": other.pid, "host": socket.gethostname()} and before.pop(".lock") == b""
+    )  # it ended without unlocking
     assert after == before
     assert forgetless_("run", "first.yaml", "--progress", "none")[0] == 0
     assert contents(Path("run"))[".lock"] == b""

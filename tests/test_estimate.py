@@ -7,14 +7,17 @@ import json
 import pytest
 import torch
 from conftest import make_model_folder
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig
 
+import forgetless as fl
 from forgetless import doctor, models
 from forgetless.batches import IGNORED, Collate, answer_loss, forward
 from forgetless.config import load_config
 from forgetless.errors import ConfigError
 from forgetless.estimate import duration, estimate
+from forgetless.lineage import RunFolder
 from forgetless.methods import get
 
 METHODS = {
@@ -53,8 +56,40 @@ def test_spaces_of_earlier_tasks_count(small_run, folder):
     layers = models.linear_modules(models.load(folder)[0])
     inputs = [models.logical(m.weight, m).shape[1] for m in layers.values()]
     spaces = sum(4 * n * (n // 2) for n in inputs)
-    assert half["peak"]["optimizer_state"] - empty["peak"]["optimizer_state"] == spaces == half["disk"]["spaces"] / half["models_kept"]
+    assert half["peak"]["optimizer_state"] - empty["peak"]["optimizer_state"] == spaces
+    assert half["disk"]["spaces"] == spaces * (1 + 2 + 3) // 3  # of three tasks' states, which grow evenly up to it
     assert set(get("gorp").spaced(models.load(folder)[0])) == set(layers)
+
+
+@pytest.mark.parametrize("name", ["seqft", "lora", "olora", "routed"])
+def test_the_disk_is_that_of_a_run(name, small_run):
+    config = small_run(name) | {"keep": "last 2"}
+    result = fl.run(config)
+    folder = RunFolder(result.path, lock=False)
+    done = folder.committed()
+    memories = [sum(t.nbytes for t in folder.memory(commit).tensors.values()) for commit in done]
+    inputs = [sum(t.nbytes for t in folder.recorded(commit).values()) for commit in done]
+    files = {file.stat().st_ino: file for file in (result.path / "tasks").glob("*/model/model.safetensors")}  # a shared one once
+    weights = [sum(t.nbytes for t in load_file(file).values()) for file in files.values()]
+    disk = estimate(load_config(config))["disk"]
+    assert len(weights) == (1 if name == "routed" else 2)
+    assert disk == {
+        "models": sum(weights),
+        "whole_weights": 0,
+        "spaces": 0,
+        "memory": sum(memories),
+        "inputs": sum(inputs),
+        "checkpoint": 0,
+    }
+    assert (disk["memory"] > 0) == (name != "seqft") and (memories[2] > memories[1]) == (name in ("olora", "routed"))
+    assert estimate(load_config(config | {"store": "nothing"}))["disk"]["inputs"] == 0
+
+
+@pytest.mark.parametrize("keep, models", [("all", 3), ("last 2", 2), ("last 9", 3), ("tagged", 1)])
+def test_models_are_counted_as_keep_keeps_them_and_memory_stays_of_every_task(keep, models, small_run):
+    every, found = (estimate(load_config(small_run("lora") | {"keep": k})) for k in ("all", keep))
+    assert found["models_kept"] == models and found["disk"]["models"] * 3 == every["disk"]["models"] * models
+    assert {k: v for k, v in found["disk"].items() if k != "models"} == {k: v for k, v in every["disk"].items() if k != "models"}
 
 
 @pytest.mark.parametrize("bf16, packing", [(False, False), (True, False), (False, True)])

@@ -39,7 +39,10 @@ def scripted(small_run, tmp_path, monkeypatch):
             asked.extend((learned, task.name, row.row) for row in rows)
             wrong = {a: b for a, b in zip(task.labels, [*task.labels[1:], task.labels[0]], strict=True)}
             said = [row.answer if right(learned, task.name, row.row) else wrong[row.answer] for row in rows]
-            return [Prediction(row.row, task.name, row.answer, choice=word, text=word) for row, word in zip(rows, said, strict=True)]
+            return [
+                Prediction(row.row, task.name, row.answer, choice=word, text=word, metric=float(word == row.answer))
+                for row, word in zip(rows, said, strict=True)
+            ]
 
         monkeypatch.setattr("forgetless.record.score_rows", score_rows)
         return config, asked
@@ -190,6 +193,64 @@ def test_the_rows_come_in_an_order_that_has_nothing_to_do_with_them(scripted):
     ]
     assert sorted(rows) == list(range(200)) and 60 < sum(rows[:50]) / 50 < 140 and rows[:50] != sorted(rows[:50])
     assert {row for learned, name, row in asked if (learned, name) == (1, "colour")} == set(rows)
+
+
+def test_a_task_with_a_metric_does_not_switch_the_gate_off_for_the_others(scripted):
+    """With it the run's first scorer is `metric`, which the earlier task was not scored by: it is held to what its own was."""
+    config, _ = scripted(lambda learned, name, row: name != "colour" or learned == 1, tasks=("colour", "animal"))
+    fl.run(config | {"tasks": config["tasks"][:1]})
+    config["tasks"][1]["metric"] = "exact_match"
+    with pytest.raises(GateRejected, match="colour lost 100"):
+        fl.run(config | {"gate": {"max_worst_task": 0.02}})
+
+
+def test_other_settings_of_the_task_are_tried_again(scripted):
+    config, _ = scripted(lambda learned, name, row: name != "colour" or learned == 1, gate={"max_worst_task": 0.02})
+    tasks = [config["tasks"][0], config["tasks"][1] | {"train": {"max_steps": 2}}]
+    for attempt, kept in ((tasks, 2), (tasks, 2), (config["tasks"], 3), (config["tasks"], 3)):
+        with pytest.raises(GateRejected):
+            fl.run(config | {"tasks": attempt})
+        assert len(lineage(config)) == kept
+
+
+def test_hold_at_the_first_task(scripted, forgetless_, tmp_path):
+    config, _ = scripted(lambda learned, name, row: row % 2, gate={"min_new_task": 0.5, "on_undecided": "hold"}, tasks=("colour",))
+    assert fl.run(config).held.startswith("task 'colour': colour has")
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    status, out, _ = forgetless_("run", str(tmp_path / "c.yaml"), "--progress", "none")
+    assert status == 0 and "held    task 'colour'" in out
+
+
+def test_what_cannot_be_compared_is_undecided(scripted):
+    """The test rows of colour are gone: nothing says that it was kept."""
+    from forgetless.adding import add
+
+    config, _ = scripted(lambda *_: True, tasks=("colour",))
+    fl.run(config)
+    for key in ("data", "test"):
+        Path(config["tasks"][0][key]).unlink()
+    new = write_task(Path(config["tasks"][0]["data"]).parent, "animal")
+    add(config["output_dir"], "animal", new["data"], [f"test={new['test']}", "gate.max_worst_task=0.1"])
+    (criterion,) = metrics(config, "tasks/01-animal")["gate"]["criteria"]
+    assert (criterion["name"], criterion["outcome"], criterion["rows"]) == ("colour", "undecided", 0) and lineage(config)[1]["gate"] == "undecided"
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_forgetting": 0.02}, "colour"), ({"min_new_task": 0.9}, "animal")])
+def test_examples_of_every_limit(limits, name, scripted):
+    config, _ = scripted(lambda learned, task, row: learned == 1 or task == "colour" and "max_forgetting" not in limits, gate=limits)
+    with pytest.raises(GateRejected):
+        fl.run(config)
+    examples = metrics(config, "rejected/01-animal")["gate"]["examples"]
+    assert list(examples) == [name] and len(examples[name]) == 3 and all(e["after"] != e["answer"] for e in examples[name])
+
+
+def test_refused_models_go_as_keep_says(scripted):
+    config, _ = scripted(lambda learned, name, row: name != "colour" or learned == 1, gate={"max_worst_task": 0.02}, keep="last 1")
+    for margin in (0.02, 0.03, 0.04):
+        with pytest.raises(GateRejected):
+            fl.run(config | {"gate": {"max_worst_task": 0.02, "margin": margin}})
+    rejected = sorted(Path(config["output_dir"], "rejected").iterdir())
+    assert [(p / "model").is_dir() for p in rejected] == [False, False, True]
 
 
 def test_a_scorer_the_run_does_not_have(scripted):

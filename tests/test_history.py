@@ -120,6 +120,45 @@ def test_a_rollback_to_a_model_that_was_let_go(run, forgetless_):
     assert current(run[0]) == "02-mood"
 
 
+def test_back_and_forth_between_two_branches(run):
+    """colour, animal, mood; back to colour; fresh; forward to mood again: run.yaml and the matrix are of the branch that is current, which can be gone on with."""
+    path, _ = run
+    history.rollback("run", "colour")
+    rows = extra()
+    add("run", "fresh", rows["data"], [f"test={rows['test']}"])
+    history.rollback("run", "mood")
+    assert json.loads((path / "matrix.json").read_text())["tasks"] == ["colour", "animal", "mood"]
+    assert [task["name"] for task in yaml.safe_load((path / "run.yaml").read_text())["tasks"]] == ["colour", "animal", "mood"]
+    fl.run(path / "run.yaml")  # finished already
+    add("run", "later", rows["data"], [f"test={rows['test']}"])
+    history.rollback("run", "fresh")
+    assert json.loads((path / "matrix.json").read_text())["tasks"] == ["colour", "fresh"]
+    assert [folder_of(x) for x in lineage(path) if x["kind"] == "task"] == ["00-colour", "01-animal", "02-mood", "01-fresh", "03-later"]
+    assert history.verify("run")["damage"] == []
+
+
+def test_coverage_after_a_rollback_is_of_the_commits_that_count(run, monkeypatch):
+    path, config = run
+    history.rollback("run", "colour")
+    asked = []
+    monkeypatch.setattr(RunFolder, "recorded", lambda self, name: asked.append(name) or {})
+    fl.run(config)
+    assert asked == ["00-colour", "00-colour", "01-animal~2"]
+
+
+def test_unseen_scores_of_a_task_are_not_those_of_one_that_took_its_place(run):
+    path, config = run
+    shutil.rmtree("run")
+    config |= {"evaluate": config["evaluate"] | {"unseen": True}}
+    fl.run(config)
+    history.rollback("run", "animal")
+    rows = extra()
+    add("run", "fresh", rows["data"], [f"test={rows['test']}"], discard=True)
+    matrix = json.loads((path / "matrix.json").read_text())
+    assert matrix["tasks"] == ["colour", "animal", "fresh"] and matrix["before"]["choice"][2] is None
+    assert [row[2] is None for row in matrix["scores"]["choice"]] == [True, True, False]
+
+
 # -- what is kept on disk ----------------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +326,9 @@ def test_add_does_not_compare_rows_that_are_others_by_now(run):
         ("fresh", ["method.rank=2"], "method is the same for all tasks of a run"),
         ("fresh", ["metrik=choice"], "did you mean 'metric'"),
         ("fresh", ["train.output_dir=x"], "train.output_dir cannot be set"),
+        ("fresh", ["train.bf16=true"], "train.bf16 is the same for all tasks"),
+        ("fresh", ["keep.last=2"], "keep is a value, not a section"),
+        ("fresh", ["name=other"], "name is given already, as --name"),
         ("a/b", [], "becomes a folder name"),
     ],
 )
@@ -316,6 +358,48 @@ def test_add_refuses_a_damaged_run(run, forgetless_):
     rows = extra()
     status, _, err = forgetless_("add", "run", "--name", "fresh", "--data", rows["data"], f"test={rows['test']}", "--progress", "none")
     assert status == 4 and "tasks/00-colour/model/model.safetensors" in err and current(path) == "02-mood"
+
+
+def test_a_missing_task_keeps_its_own_metric(run):
+    """colour is scored by choice; gone, and with a new task that names a metric, its column still is."""
+    path, _ = run
+    for name in ("colour.jsonl", "colour_test.jsonl"):
+        Path("data", name).unlink()
+    rows = extra()
+    add("run", "fresh", rows["data"], [f"test={rows['test']}", "metric=exact_match"])
+    matrix = json.loads((path / "matrix.json").read_text())
+    assert matrix["metric_of"]["colour"] == "choice" and [row[0] for row in matrix["scores"]["metric"]] == [
+        row[0] for row in matrix["scores"]["choice"]
+    ]
+
+
+def test_models_that_a_method_answers_with_are_not_let_go(small_run):
+    config = small_run("per_task", tasks=("colour", "animal"))
+    fl.run(config)
+    with pytest.raises(ConfigError, match="per_task answers with the model of every task"):
+        history.collect(config["output_dir"], "last 1")
+
+
+def test_a_tag_that_became_a_tasks_name(run):
+    history.tag("run", "colour", "fresh")
+    rows = extra()
+    add("run", "fresh", rows["data"], [f"test={rows['test']}"])
+    with pytest.raises(ConfigError, match="is a tag and a task's name; say which by the folder's name: 00-colour, 03-fresh"):
+        history.rollback("run", "fresh")
+
+
+def test_scores_of_other_rows_are_not_paired(run):
+    path, config = run
+    history.rollback("run", "colour")
+    lines = Path("data/animal_test.jsonl").read_text().splitlines()
+    Path("data/animal_test.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    fl.run(config)
+    assert {s["name"] for s in history.diff("run", "01-animal", "01-animal~2")["scores"]} == {"colour"}
+
+
+def test_a_file_that_nobody_committed(run):
+    Path("run/tasks/02-mood/model/model-00002-of-00002.safetensors").write_bytes(b"x")
+    assert ["was not committed" in what for what in history.verify("run")["damage"]] == [True]
 
 
 def test_add_killed_and_given_again(run, monkeypatch):

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 # public name -> module; imported on first use, so that `import forgetless` costs nothing
 _PUBLIC = {
-    "run": "loop", "Result": "loop", "RunConfig": "config", "load_config": "config", "Task": "tasks", "TaskStream": "tasks",
+    "run": "loop", "add": "adding", "Result": "loop", "RunConfig": "config", "load_config": "config", "Task": "tasks", "TaskStream": "tasks",
     "AccuracyMatrix": "evaluation.matrix", "Method": "methods.base", "Constraint": "subspace", "Subspace": "subspace",
     "SubspaceAdamW": "optim", "constrain": "optim",
 }  # fmt: skip

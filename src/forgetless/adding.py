@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import RunConfig, TaskConfig, load_config, parse_override
+from .config import RunConfig, TaskConfig, apply_override, load_config, parse_override
 from .errors import ConfigError, DataError, nearest
 from .progress import Progress
 
@@ -34,13 +34,14 @@ def add(
     from .loop import run
     from .tasks import Known
 
-    config, folder = read_run(run_dir), RunFolder(run_dir, lock=False)
+    config, folder = standing_config(run_dir), RunFolder(run_dir, lock=False)
     lines = folder.lines()
     if not lines:
         raise ConfigError(f"{run_dir}: no task is learned there yet; finish the run first: forgetless run {run_dir}/run.yaml")
     if found := chain_damage(folder.lineage()):
         raise DataError(f"{run_dir}: damaged: {found[0]}. Nothing was changed")
-    folder.check_files([line for line in folder.lineage() if line["kind"] != "rollback"])
+    # of what was refused, what is still there: nothing stands on it
+    folder.check_files([line for line in folder.lineage() if line["kind"] == "task" or line["kind"] == "reject" and folder.place(line).is_dir()])
     learned = [line["task"] for line in lines]
     again = learned[-1] == name  # the same command once more: finished, or refused because it is not the same
     if name in learned[:-1]:
@@ -49,14 +50,14 @@ def add(
     waiting = [t.name for t in config.tasks[len(learned) :] if t.name != name and t.name not in known]
     if waiting and not discard:
         raise ConfigError(
-            f"{run_dir}: not finished, {', '.join(waiting)} still to come. Finish it with: forgetless run {run_dir}/run.yaml; or take what is not learned out, "
-            "with --discard"
+            f"{run_dir}: not finished, {', '.join(waiting)} still to come. Finish it with: forgetless run {run_dir}/run.yaml, or the `add` that "
+            "began it; or take what is not learned out, with --discard"
         )
     content = config.model_dump()
     content |= {"tasks": [*content["tasks"][: len(learned) - again], _task(name, data, options)], "output_dir": str(run_dir)}
-    for key, value in map(parse_override, options):
-        if key[0] in OF_THE_RUN:
-            _put(content, key, value)
+    for option in options:
+        if parse_override(option)[0][0] in OF_THE_RUN:
+            apply_override(content, option)
     remembered = {line["task"]: Known(line["data_sha256"], line.get("scored_sha256", "")) for line in lines[: len(lines) - again]}
     remembered |= {watched: Known(sha) for watched, sha in lines[0].get("watch_sha256", {}).items()}
     return run(load_config(content), progress=progress, learned=remembered)
@@ -65,9 +66,11 @@ def add(
 def _task(name: str, data: str | None, options: list[str] | tuple[str, ...]) -> dict[str, Any]:
     task: dict[str, Any] = {"name": name} | ({"data": data} if data else {})
     for option in options:
-        key, value = parse_override(option)
+        key, _ = parse_override(option)
+        if key[0] in task and key[0] in ("name", "data"):
+            raise ConfigError(f"'{option}': {key[0]} is given already, as --{key[0]}")
         if key[0] in TaskConfig.model_fields:
-            _put(task, key, value)
+            apply_override(task, option)
         elif key[0] not in OF_THE_RUN:
             why = (
                 "is the same for all tasks of a run"
@@ -78,15 +81,35 @@ def _task(name: str, data: str | None, options: list[str] | tuple[str, ...]) -> 
     return task
 
 
-def _put(content: dict[str, Any], key: list[str], value: Any) -> None:
-    for part in key[:-1]:
-        content = content.setdefault(part, {})
-    content[key[-1]] = value
-
-
 def read_run(run_dir: str | Path) -> RunConfig:
     """The config of the run in a folder. Raises DataError where there is none."""
     file = Path(run_dir) / "run.yaml"
     if not file.is_file():
         raise DataError(f"{run_dir}: not a run's folder, it has no run.yaml; give the output_dir of a run")
     return load_config(file)
+
+
+def standing_config(run_dir: str | Path, left: list[str] | None = None) -> RunConfig:
+    """The config of a run as it stands: its tasks are those that led to the current one, and after them what run.yaml has more, where it begins with the same.
+
+    left: the commits that led to where a rollback came from. run.yaml is of that branch, so of what the two have in common its entries count, of the rest those that
+    each commit keeps. Without it run.yaml counts wherever its names fit.
+    """
+    from .lineage import RunFolder, task_of
+
+    config, folder = read_run(run_dir), RunFolder(run_dir, lock=False)
+    done, names = folder.committed(), [task.name for task in config.tasks]
+    if left is None:
+        left = done if names[: len(done)] == [task_of(name) for name in done] else []
+    tasks = []
+    for i, name in enumerate(done):
+        shared = left[: i + 1] == done[: i + 1] and names[i : i + 1] == [task_of(name)]
+        kept = None if shared else folder.settings(name)
+        entry = TaskConfig.model_validate(kept) if kept else next((task for task in config.tasks if task.name == task_of(name)), None)
+        if entry is None:
+            raise DataError(
+                f"{run_dir}: the settings of task '{task_of(name)}' are neither in its commit nor in run.yaml; put them back into run.yaml"
+            )
+        tasks.append(entry)
+    more = config.tasks[len(tasks) :] if names[: len(tasks)] == [task.name for task in tasks] else []
+    return config.model_copy(update={"tasks": [*tasks, *more]})

@@ -112,6 +112,10 @@ def learn(work: Callable[[Progress], Result], run_dir: Path, progress: str, as_j
         print((result.path / "matrix.json").read_text())
         return
     settings, done = load_config(result.path / "run.yaml"), len(result.matrix.rows)
+    if result.held:
+        print(f"held    {result.held}")
+    if not done:
+        return
     if result.resumed_at == len(settings.tasks):
         print(f"{result.path}: finished already ({result.resumed_at} tasks). Add tasks to the config to go on, or choose another output_dir.")
     for scorer, matrix in result.matrices.items():

@@ -139,7 +139,11 @@ class TaskConfig(_Model):
     @field_validator("train", mode="before")
     @classmethod
     def _train(cls, train: Any) -> Any:
-        return check_train(fix_yaml(train)) if isinstance(train, dict) else train
+        if not isinstance(train, dict):
+            return train
+        for key in {"bf16", "use_cpu"} & train.keys():  # tasks learned before would be scored otherwise than they were
+            raise ValueError(f"train.{key} is the same for all tasks of a run")
+        return check_train(fix_yaml(train))
 
     @field_validator("metric")
     @classmethod
@@ -390,7 +394,7 @@ def load_config(source: str | Path | dict | RunConfig, overrides: list[str] | tu
             raise ConfigError(f"{path}: a config is a mapping with model, tasks, method and output_dir; {got}")
     data = _copy(data)
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     data.update({key: fix_yaml(data[key]) for key in ("train", "method") if key in data})
     try:
         return RunConfig.model_validate(data)
@@ -427,7 +431,8 @@ def parse_override(override: str) -> tuple[list[str], Any]:
         raise ConfigError(f"override '{override}': the value is not valid YAML") from None
 
 
-def _apply(data: dict, override: str) -> None:
+def apply_override(data: dict, override: str) -> None:
+    """Put the value of "a.b.0.c=value" into nested mappings and lists. Raises ConfigError."""
     (*path, last), value = parse_override(override)
     node: Any = data
     for i, part in enumerate(path):

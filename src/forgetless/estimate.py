@@ -27,15 +27,17 @@ from . import models
 from .batches import IGNORED, NO_PACKING, forward, is_seq2seq
 from .config import RunConfig
 from .errors import ConfigError, ForgetlessError, nearest
+from .evaluation.drift import RECORDED_TOKENS
 from .fake import storage_key
 from .methods import get
 from .methods.base import Memory, Method
+from .models import logical
 from .optim import SubspaceAdamW, coordinates
 from .optim.released import keep
 from .quantised import stand_ins
 from .record import resident_bytes
 from .subspace import Subspace
-from .tasks import load_stream
+from .tasks import Example, Task, load_stream
 from .trainer import check_state, eager_pays, training_arguments
 
 log = logging.getLogger(__name__)
@@ -128,9 +130,17 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     multiplied = step.parameters - step.embedded
     work = {r.name: 2 * r.mean * size * (2 * multiplied + min(step.trained, multiplied)) for r in rows}
     seconds = {name: None if n is None else n * work[name] / (speed * EFFICIENCY) for name, n in counts.items()}
-    kept = len(config.tasks) if config.keep == "all" else min(len(config.tasks), int(config.keep.split()[1]))
-    disk = {"models": kept * (step.whole or step.weights), "spaces": kept * spaces, "whole_weights": step.aside}
-    disk["checkpoint"] = (step.whole or step.weights) - step.aside + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
+    tasks, whole_model = len(config.tasks), step.whole or step.weights
+    # the current model always stays, and nobody has tagged another yet; what a method keeps stays of every task
+    kept = {"all": tasks, "tagged": 1}.get(config.keep) or min(tasks, int(config.keep.split()[1]))
+    first, more, inputs = kept_bytes(config, args, longest, whole)
+    disk = {
+        "models": whole_model * (1 if method.kind == "routed" else kept),  # whose weights stay as they were: the commits share one file
+        "whole_weights": step.aside,
+        "spaces": spaces * (tasks + 1) // 2,  # as if they grew evenly up to what the last task finds closed
+        "memory": tasks * first + more * tasks * (tasks - 1) // 2, "inputs": tasks * inputs,
+    }  # fmt: skip
+    disk["checkpoint"] = whole_model - step.aside + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
     assumed = {
         "closed": closed,
         "batch": args.per_device_train_batch_size,
@@ -270,6 +280,45 @@ def plan_blocks(
             parameters=parameters, trained=trained, embedded=embeddings.numel(), vocabulary=embeddings.shape[0],
         )  # fmt: skip
         return step, sum(4 * n * int(closed * n) for n in spaces.values())
+
+
+class NoRows(Task):
+    """A task of which only the length of its rows is known."""
+
+    def __init__(self, rows: Rows):
+        super().__init__(rows.name or "t", "{sentence}", [Example("", "", i) for i in range(4)], [], [])
+        self.prompted, self.answered = [0] * (rows.tokens - rows.answer), [0] * rows.answer
+
+    def encode_prompt(self, tokenizer: Any, text: Any) -> list[int]:
+        return self.prompted
+
+    def encode(self, tokenizer: Any, example: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.prompted + self.answered, "labels": [IGNORED] * len(self.prompted) + self.answered}
+
+
+def kept_bytes(config: RunConfig, args, rows: Rows, shape: Any) -> tuple[int, int, int]:
+    """(bytes of what the method keeps after its first task, what each further task adds, bytes of the inputs that are recorded of a task), in a commit's state/.
+
+    Found by ending two tasks in which nothing was learned; so without spaces, whose size is in the data, and without the rows that replay keeps. (0, 0, ...) for a method
+    that has to look at numbers at a task's end.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    task, sizes = NoRows(rows), []
+    with FakeTensorMode(), unmoved():
+        model = models.without_data(copy.deepcopy(shape), getattr(torch, config.dtype), config.trust_remote_code)
+        layers = [logical(m.weight, m).shape for m in models.linear_modules(model).values()] if config.store != "nothing" else []
+        method, memory = get(config.method.name, **config.method.options), Memory()
+        method.tokenizer = object()  # read by the task alone
+        try:
+            for _ in range(2):
+                method.micro_batches = args.gradient_accumulation_steps
+                model = method.end_task(method.begin_task(model, task, memory), task, memory)
+                sizes.append(sum(t.nbytes for t in memory.tensors.values()))
+        except Exception as error:  # each method's own kind
+            log.debug("%s keeps what cannot be planned: %s", method.name, error)
+            sizes = [0, 0]
+    return sizes[0], sizes[1] - sizes[0], sum(RECORDED_TOKENS * (2 * n + 4 * m) for m, n in layers)
 
 
 def check_bits(config: RunConfig, method: Method, shape: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -26,13 +27,19 @@ def file_sha256(path: Path) -> str:
 
 
 def read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    """The text of a file, every byte of it told: no newline is translated, and what is not UTF-8 is replaced, so that it comes to the hashes. "" where there is no file."""
+    return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+
+
+def lines_of(text: str) -> list[str]:
+    """With their ends. str.splitlines would also end one at U+2028 and its like, which JSON leaves in strings as they are."""
+    return io.StringIO(text, newline="\n").readlines()
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as f:
+    with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -78,8 +78,15 @@ class Gate:
 
     def kept_aside(self, task: Task, index: int) -> dict[str, Any] | None:
         """The lineage line where this very attempt was refused before: it would be again."""
-        lines = [line for line in self.folder.lineage() if line["kind"] == "reject"] if self.on else []
-        return next((line for line in lines if self.attempt(task, index).items() <= line.items()), None)
+        if not self.on:
+            return None
+        asked = self.attempt(task, index)
+        there = [
+            line
+            for line in self.folder.lineage()
+            if line["kind"] == "reject" and (self.folder.path / "rejected" / folder_of(line) / "metrics.json").is_file()
+        ]
+        return next((line for line in there if all(line.get(key) == asked.get(key) for key in {*asked, "train", "probes"})), None)
 
     def keeps_aside(self, judged: Judged | None) -> bool:
         outcome = judged.verdict.outcome if judged else "accept"
@@ -87,18 +94,21 @@ class Gate:
             return False
         return outcome != "accept"
 
-    def stop(self, line: dict[str, Any]) -> None:
-        """Say why the run ends here: raises GateRejected where a limit is broken, warns where the rows did not suffice."""
+    def stop(self, line: dict[str, Any]) -> str:
+        """Say why the run ends here: raises GateRejected where a limit is broken; where the rows did not suffice it warns, and returns what it says."""
         folder = self.folder.path / "rejected" / folder_of(line)
         criteria = self.folder.metrics(folder.name, "rejected")["gate"]["criteria"]
         worst = "broken" if line["gate"] == "reject" else "undecided"
         why = "; ".join(gate.sentence(c) for c in criteria if c["outcome"] == worst)
-        text = f"task '{line['task']}': {why}. The new model is kept aside in {folder}; {'the one before it stays current' if self.folder.current else 'nothing is learned yet'}"
+        gone = "" if (folder / "model").is_dir() else " (its weights were let go)"
+        stays = "the one before it stays current" if self.folder.current else "nothing is learned yet"
+        text = f"task '{line['task']}': {why}. The new model is kept aside in {folder}{gone}; {stays}"
         if line["gate"] == "reject":
             raise GateRejected(
                 f"{text}. Change the task's data or the section gate, or take the task out; other method settings need another output_dir"
             )
         self.progress.say(f"warning: {text} (gate.on_undecided: hold)")
+        return text
 
     def doubts(self, metrics: dict[str, Any]) -> list[str]:
         """What the rows did not decide, a sentence each."""
@@ -137,15 +147,19 @@ class Gate:
     def learned(self, task: Task, index: int) -> dict[int, float]:
         """{row: score} of a task as it was when it was learned."""
         name, scorer = self.folder.committed()[index], self.scorer_of(task)
-        further = self.folder.metrics(name).get("further_scores", {}).get(scorer, {})
+        metrics = self.folder.metrics(name)
+        if scorer == "metric" and scorer not in metrics["scores"]:  # no task named a metric then: each one's was one of the other scores
+            scorer = task.own_metric
+        further = metrics.get("further_scores", {}).get(scorer, {})
         return self.folder.scores(name, task.name, scorer) | {int(row): value for row, value in further.items()}
 
     def untouched(self, task: Task) -> dict[int, float]:
         """{row: score} of a watch set before the first task; in a run whose version did not write them, after the first."""
-        found = json.loads(read(self.folder.path / "watch_scores.json") or "{}").get(task.name, {}).get(self.scorer_of(task))
+        scores, scorer = json.loads(read(self.folder.path / "watch_scores.json") or "{}").get(task.name, {}), self.scorer_of(task)
+        found = scores.get(task.own_metric if scorer == "metric" and scorer not in scores else scorer)
         if found is None:
             done = self.folder.committed()
-            return self.folder.scores(done[0], task.name, self.scorer_of(task)) if done else {}
+            return self.folder.scores(done[0], task.name, scorer) if done else {}
         return {int(row): value for row, value in found.items()}
 
     def judge(self, index: int, predictions: list[Prediction], score: Score, drift_kl: float | None = None) -> Judged | None:
@@ -175,7 +189,8 @@ class Gate:
             )  # fmt: skip
             more = [t for t in every if t.name in verdict.wanted and len(now[t.name]) < len(rows[t.name])]
             if not more:
-                return Judged(verdict, found)
+                unknown = [t for t in self.stream.tasks[:index] if t not in earlier], [t for t in self.stream.watch if t not in watch]
+                return Judged(gate.with_unknown(verdict, self.settings, *([t.name for t in sets] for sets in unknown)), found)
             for task in more:
                 rest = [x for x in rows[task.name] if x.row not in found[task.name]][: len(now[task.name])]
                 found[task.name] |= self._scored(task, rest, score)
@@ -183,17 +198,31 @@ class Gate:
     def written(self, judged: Judged, index: int) -> dict[str, Any]:
         """metrics.json's "gate": the verdict, and under store: rows up to three rows of each broken task that were right and are not."""
         content = judged.verdict.content()
-        broken = {c["name"] for c in content["criteria"] if c["outcome"] == "broken"}
+        broken = {c["name"]: c["limit"] for c in content["criteria"] if c["outcome"] == "broken"}
         if self.config.store != "rows":
             return content
-        tasks = {t.name: (i, t) for i, t in enumerate(self.stream.tasks[:index])} | {t.name: (None, t) for t in self.stream.watch}
-        return content | {"examples": {name: self._examples(*tasks[name], judged.found[name]) for name in tasks if name in broken}}
+        shown = {}
+        for i, task in enumerate(self.stream.tasks[: index + 1]):
+            known = {} if i == index else self.learned(task, i)
+            # of the mean of all earlier tasks, those that are a part of why
+            if task.name in broken or (
+                broken.get(None) == "max_forgetting" and i < index and self._lost(task, known, judged.found.get(task.name, {}))
+            ):
+                said = self.folder.answers(self.folder.committed()[i], task.name) if i < index else {}
+                shown[task.name] = self._examples(task, known if i < index else None, said, judged.found[task.name])
+        for task in self.stream.watch:
+            if task.name in broken:
+                shown[task.name] = self._examples(task, self.untouched(task), {}, judged.found[task.name])
+        return content | {"examples": shown}
 
-    def _examples(self, index: int | None, task: Task, found: dict[int, Prediction]) -> list[dict[str, Any]]:
-        before = self.untouched(task) if index is None else self.learned(task, index)
-        said = self.folder.answers(self.folder.committed()[index or 0], task.name) if index is not None else {}
+    def _lost(self, task: Task, before: dict[int, float], found: dict[int, Prediction]) -> bool:
+        return sum(before[row] - p.score(self.scorer_of(task)) for row, p in found.items() if row in before) > 0
+
+    def _examples(self, task: Task, before: dict[int, float] | None, said: dict[int, dict], found: dict[int, Prediction]) -> list[dict[str, Any]]:
+        """Rows that were answered better `before`; with None, for a new task, that are answered wrong."""
         scorer, rows = self.scorer_of(task), {x.row: x for x in self.rows(task)}
-        lost = sorted((p.score(scorer) - before[row], row) for row, p in found.items() if p.score(scorer) < before.get(row, 0.0))
+        was = dict.fromkeys(found, 1.0) if before is None else before
+        lost = sorted((p.score(scorer) - was[row], row) for row, p in found.items() if p.score(scorer) < was.get(row, 0.0))
         key = scorer if scorer in ("choice", "calibrated") else "exact_match"
         return [
             {"row": row, "text": rows[row].text, "answer": rows[row].answer, "before": said.get(row, {}).get(key), "after": found[row].said.get(key)}

@@ -9,12 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .adding import read_run
+import yaml
+
+from .adding import read_run, standing_config
 from .config import RunConfig, check_keep
 from .errors import ConfigError, DataError
 from .evaluation.matrix import paired_bootstrap
-from .files import read
+from .files import canonical, lines_of, read, text_sha256, write_atomic
 from .lineage import GONE, RunFolder, branches, chain_damage, folder_of, read_manifest
+from .methods import get
 from .record import measured_in, write_matrix
 
 MODULES = 10  # of those that changed most, so many are shown
@@ -22,18 +25,19 @@ MODULES = 10  # of those that changed most, so many are shown
 
 def log(run_dir: str | Path) -> list[dict[str, Any]]:
     """One entry a line of the lineage: number, kind, task, folder, hash, whether it is on the road to the current model, its scores (first scorer), verdict, tags, bytes."""
-    read_run(run_dir)
+    first = read_run(run_dir).scorers[0]
     folder = RunFolder(run_dir, lock=False)
     done, tags, entries = folder.committed(), folder.tags(), []
     for number, line in enumerate(folder.lineage(), 1):
         name = folder_of(line)
         place = folder.path / ("rejected" if line["kind"] == "reject" else "tasks") / name
-        scores = next(iter(line.get("scores", {}).items()), (None, []))
+        scorer = next((s for s in (first, *line.get("scores", {})) if s in line.get("scores", {})), None)
         entries.append(
             {
                 "number": number, "kind": line["kind"], "task": line["task"], "folder": name, "hash": line["hash"],
                 "current": line["kind"] == "task" and name == folder.current, "on_the_way": line["kind"] == "task" and name in done,
-                "scorer": scores[0], "scores": scores[1], "gate": line.get("gate"), "tags": sorted(t for t, f in tags.items() if f == name and line["kind"] == "task"),
+                "scorer": scorer, "scores": line.get("scores", {}).get(scorer, []), "gate": line.get("gate"),
+                "tags": sorted(t for t, f in tags.items() if f == name) if line["kind"] == "task" else [],
                 "model": line["kind"] != "rollback" and (place / "model").is_dir() and not (place / GONE).exists(),
                 "bytes": _own_bytes(place) if line["kind"] != "rollback" else 0,
             }
@@ -53,27 +57,36 @@ def verify(run_dir: str | Path) -> dict[str, Any]:
     """
     config, folder = read_run(run_dir), RunFolder(run_dir, lock=False)
     found: dict[str, Any] = {"damage": [], "commits": 0, "files": 0, "bytes": 0, "let_go": [], "stored": {}}
+    lines: list[dict[str, Any]] = []
     try:
         lines = folder.lineage()
         done = folder.committed()
     except DataError as error:
-        return found | {"damage": [str(error).removeprefix(f"{folder.path}: damaged: ").partition(". Bring the folder")[0]]}
+        return found | {"damage": [*chain_damage(lines), str(error).removeprefix(f"{folder.path}: damaged: ").partition(". Bring the folder")[0]]}
     damage = found["damage"]
-    damage += chain_damage(lines)
+    damage += chain_damage(lines) + folder.lost(lines)
+    # the hashes are over what a line means; the last may be half written, or to come
+    if not damage and not "".join(canonical(line) + "\n" for line in lines).startswith(read(folder.path / "lineage.jsonl")):
+        damage.append("lineage.jsonl: says what was written, in other bytes; the next command that writes to the run mends it")
     if lines and done != branches(lines)[1]:
         damage.append(f"current: says {folder.current or 'nothing'}, and lineage.jsonl ends at {(branches(lines)[1] or ['nothing'])[-1]}")
     for line in lines:
         if line["kind"] == "rollback":
             continue
         place = folder.path / ("tasks" if line["kind"] == "task" else "rejected") / folder_of(line)
-        damage += folder.damage(line)
+        harm = folder.damage(line)
+        damage += harm
         files = read_manifest(place)
         found["commits"] += 1
         found["files"] += len(files)
         found["bytes"] += sum(entry["bytes"] for path, entry in files.items() if (place / path).is_file())
         if (place / GONE).exists():
             found["let_go"].append(place.relative_to(folder.path).as_posix())
-        found["stored"][place.relative_to(folder.path).as_posix()] = stored_of(place, config)
+        if not harm:
+            found["stored"][place.relative_to(folder.path).as_posix()] = stored_of(place, config)
+    watched = next((line["watch_scores_sha256"] for line in reversed(lines) if "watch_scores_sha256" in line), None)
+    if watched and text_sha256(read(folder.path / "watch_scores.json")) != watched:
+        damage.append("watch_scores.json: is not what was written before the first task")
     if done and (not (folder.path / "model").is_dir() or (folder.path / "model").resolve() != (folder.path / "tasks" / done[-1] / "model").resolve()):
         damage.append("model: does not point to the current task's model; the next command that writes to the run mends it")
     return found
@@ -81,9 +94,7 @@ def verify(run_dir: str | Path) -> dict[str, Any]:
 
 def stored_of(place: Path, config: RunConfig) -> list[str]:
     """What a commit keeps of its task's data, in words, from what lies in its folder."""
-    from .methods import get
-
-    lines = list(map(json.loads, read(place / "predictions.jsonl").splitlines()))
+    lines = list(map(json.loads, lines_of(read(place / "predictions.jsonl"))))
     worded = sum("prediction" in line for line in lines)
     kept = [f"the right answers and the model's words of {worded} scored rows (predictions.jsonl)"] if worded else []
     if len(lines) > worded:
@@ -120,7 +131,12 @@ def rollback(run_dir: str | Path, to: str) -> dict[str, Any]:
     read_run(run_dir)
     with RunFolder(run_dir) as folder:
         folder.repair()
+        left = folder.committed()
         line = folder.rollback(to)
+        config, written = standing_config(run_dir, left), read(folder.path / "run.yaml")
+        if config != read_run(run_dir):  # of the branch that was left
+            versions = written.partition("\n")[0] + "\n" if written.startswith("#") else ""
+            write_atomic(folder.path / "run.yaml", versions + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
         write_matrix(folder, measured_in(folder))
         return line
 
@@ -140,7 +156,9 @@ def collect(run_dir: str | Path, keep: str, dry_run: bool = False) -> dict[str, 
         check_keep(keep)
     except ValueError as error:
         raise ConfigError(f"--keep {error}") from None
-    read_run(run_dir)
+    method = read_run(run_dir).method
+    if keep != "all" and get(method.name, **method.options).needs_models:
+        raise ConfigError(f"{run_dir}: method {method.name} answers with the model of every task; none may go (keep: all)")
     with RunFolder(run_dir) as folder:
         folder.repair()
         gone = folder.going(keep)
@@ -163,10 +181,10 @@ def diff(run_dir: str | Path, a: str, b: str | None = None) -> dict[str, Any]:
     names = [folder.find(a), folder.find(b) if b else folder.current]
     if names[0] == names[1]:
         raise ConfigError(f"{run_dir}: {a} and {b or 'the current commit'} are the same, {names[0]}; name two commits")
-    scorers = list(folder.metrics(names[0])["scores"])
+    scorers, rows_of = list(folder.metrics(names[0])["scores"]), [_scored_rows(folder, name) for name in names]
     scored = {name: _rows(folder, name) for name in names}
     scores = []
-    for task in (t for t in scored[names[0]] if t in scored[names[1]]):
+    for task in (t for t in scored[names[0]] if t in scored[names[1]] and rows_of[0].get(t) == rows_of[1].get(t)):
         for scorer in scorers:
             x, y = (scored[name][task].get(scorer, {}) for name in names)
             if not (rows := sorted(x.keys() & y.keys())):
@@ -182,10 +200,16 @@ def diff(run_dir: str | Path, a: str, b: str | None = None) -> dict[str, Any]:
     return {"a": names[0], "b": names[1], "scores": scores, **_weights(*(folder.path / "tasks" / name for name in names))}
 
 
+def _scored_rows(folder: RunFolder, name: str) -> dict[str, str]:
+    """{task: hash of its scored rows} on the way to a commit: a task that was learned twice may have been scored on other rows."""
+    lines = {folder_of(line): line for line in folder.lineage() if line["kind"] == "task"}
+    return {lines[x]["task"]: lines[x].get("scored_sha256", lines[x]["data_sha256"]) for x in branches(folder.lineage())[0][name]}
+
+
 def _rows(folder: RunFolder, name: str) -> dict[str, dict[str, dict[int, float]]]:
     """{task or watch set: {scorer: {row: score}}} as they were scored at a commit."""
     out: dict[str, dict[str, dict[int, float]]] = {}
-    for line in map(json.loads, read(folder.path / "tasks" / name / "predictions.jsonl").splitlines()):
+    for line in map(json.loads, lines_of(read(folder.path / "tasks" / name / "predictions.jsonl"))):
         for scorer, value in line["score"].items():
             if value is not None:
                 out.setdefault(line["task"], {}).setdefault(scorer, {})[line["row"]] = value

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import ConfigError, DataError
 from .export import export
 from .progress import Progress
+from .report.card import base_model
 
 BASE_KEYS = ("base", "base_model_name_or_path")  # of adapter_config.json and export.json
 
@@ -81,9 +82,11 @@ def _without_local_paths(folder: Path) -> None:
         if file.name not in ("adapter_config.json", "export.json"):
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        local = [key for key in BASE_KEYS if isinstance(content.get(key), str) and Path(content[key]).is_dir()]
-        if local:
-            names = {key: Path(content[key]).resolve().name for key in local}
+        named = {
+            key: content[key] for key in BASE_KEYS if isinstance(content.get(key), str) and not content[key].startswith(".")
+        }  # ../base: in this folder
+        names = {key: base_model({"model": name}) or Path(name).name for key, name in named.items()}
+        if names != named:
             file.write_text(json.dumps(content | names, indent=1), encoding="utf-8")
 
 

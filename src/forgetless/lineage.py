@@ -18,16 +18,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ConfigError, DataError, nearest
-from .files import Manifest, canonical, file_sha256, link_unchanged, manifest, read, sync, sync_tree, text_sha256, write_atomic
+from .files import Manifest, canonical, file_sha256, lines_of, link_unchanged, manifest, read, sync, sync_tree, text_sha256, write_atomic
 from .lock import FolderLock
 from .methods.base import Memory
 from .state import folder_sha256, load_memory, model_sha256, save_memory
 
-FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json", "report.html", "tasks", "rejected", "current", "model", "before.json", "watch.json", "watch_scores.json",
+FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json",
+         "report.html", "report.md", "card.md", "tasks", "rejected", "current", "model", "before.json", "watch.json", "watch_scores.json",
          "tags.json", ".lock"}  # fmt: skip
 TRAINING = ".training"  # tasks/.NN-name.training: checkpoints of the task in progress
 GONE = "model.gone"  # in a task's folder: its model was let go on purpose
-BESIDE = {"line.json", "files.json", GONE}  # what files.json does not name
+SETTINGS = "task.json"  # in a task's folder: its entry in the config
+BESIDE = {"line.json", "files.json", SETTINGS, GONE}  # what files.json does not name
 # a crash may leave one of these half-written; they are ours too
 TEMPORARY = {f".{name}.tmp" for name in FILES} | {".model"}
 
@@ -104,7 +106,7 @@ class RunFolder:
     def _written(self) -> tuple[list[dict[str, Any]], str]:
         """(the whole lines, what cannot be read). The end of the file may be half a line, which was being written when the power went."""
         lines, torn = [], ""
-        for text in read(self.path / "lineage.jsonl").splitlines(keepends=True):
+        for text in lines_of(read(self.path / "lineage.jsonl")):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
@@ -113,8 +115,14 @@ class RunFolder:
                 torn += text if text.endswith("\n") or torn else ""
             else:
                 lines.append(line)
-        if not self.current and any(line["kind"] == "task" for line in lines):
-            return [], ""  # of a version that appended the line before it replaced `current`, and was killed between them
+        if not self.current and (tasks := [line for line in lines if line["kind"] == "task"]):
+            if len(lines) == 1 and "files_sha256" not in lines[0]:
+                return [], ""  # of a version that appended the line before it replaced `current`, and was killed between them
+            # never of a kill, as `current` is replaced whole; to take it for a run in which nothing is committed would be to delete every commit
+            name = folder_of(tasks[-1])
+            raise self._damaged(
+                f"current is missing or empty, and lineage.jsonl has commits; where it ended at {name}, `echo {name} > current` brings it back"
+            )
         return lines, torn
 
     def _to_come(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,7 +144,13 @@ class RunFolder:
         """Folder names under tasks/ from the first task to the current one."""
         if not self.current:
             return []
-        paths, _ = branches(self.lineage())
+        for _ in range(3):  # a commit may come between the two readings
+            current = self.current
+            paths, _ = branches(self.lineage())
+            if current == self.current:
+                break
+        if not read(self.path / "current").endswith("\n"):  # 01-cities~2 cut short is 01-cities
+            raise self._damaged("current is cut short")
         if self.current not in paths:
             raise self._damaged(f"`current` says {self.current}, which lineage.jsonl does not know")
         done = paths[self.current]
@@ -144,6 +158,22 @@ class RunFolder:
             if not (self.path / file).is_file():
                 raise self._damaged(f"{file} is missing")
         return done
+
+    def lost(self, lines: list[dict[str, Any]]) -> list[str]:
+        """Where lineage.jsonl lacks a line that no kill can have kept from it: the commit or rejection that a kill interrupts follows the last line that is written."""
+        written, _ = self._written()
+        last, found = written[-1]["hash"] if written else "", []
+        for room, kind in (("tasks", "task"), ("rejected", "reject")):
+            known = {folder_of(line) for line in lines if line["kind"] == kind}
+            for folder in _entries(self.path / room):
+                with contextlib.suppress(ValueError):
+                    if (
+                        folder.name not in known
+                        and json.loads(read(folder / "line.json") or "{}").get("parent", last) != last
+                        and not folder.name.startswith(".")
+                    ):
+                        found.append(f"lineage.jsonl lacks the line of {room}/{folder.name}")
+        return found
 
     def lines(self) -> list[dict[str, Any]]:
         """The lineage lines of `committed()`."""
@@ -157,20 +187,22 @@ class RunFolder:
         """Finish or drop what was interrupted."""
         self.committed()  # a damaged folder is left as it is
         lines = self.lineage()
-        if found := chain_damage(lines):
+        if found := chain_damage(lines) + self.lost(lines):
             raise self._damaged(found[0])
         kept = "".join(canonical(line) + "\n" for line in lines)
         if kept != read(self.path / "lineage.jsonl"):  # a torn last line too: the next commit would go on behind it
             write_atomic(self.path / "lineage.jsonl", kept)
         for room, kind in (("tasks", "task"), ("rejected", "reject")):
             known = {folder_of(line) for line in lines if line["kind"] == kind}
-            for folder in _entries(self.path / room):
+            for folder in filter(Path.is_dir, _entries(self.path / room)):
                 # its checkpoints say themselves if they count
                 in_progress = folder.name.startswith(f".{len(self.committed()):02d}-") and folder.name.endswith(TRAINING)
                 if folder.name not in known and not in_progress:
                     shutil.rmtree(folder)
-                elif (folder / GONE).exists():
-                    shutil.rmtree(folder / "model", ignore_errors=True)
+                elif (folder / GONE).exists() and (folder / "model").exists():
+                    shutil.rmtree(folder / "model")
+        for name in TEMPORARY - {".report.html.tmp"}:  # a report is written by whoever looks, without the lock
+            (self.path / name).unlink(missing_ok=True)
         self._point_model()
         self.restore_timing()
 
@@ -178,10 +210,10 @@ class RunFolder:
 
     def commit(
         self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
-        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], keep: str,
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], keep: str, settings: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Make task `index` durable, and its model the current one; returns its lineage line."""
-        line = self._write("task", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry)
+        """Make task `index` durable, and its model the current one; returns its lineage line. settings: the task's entry in the config."""
+        line = self._write("task", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry, settings)
         write_atomic(self.path / "current", folder_of(line) + "\n")
         self._append(line)
         self._point_model()
@@ -190,16 +222,17 @@ class RunFolder:
 
     def reject(
         self, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
-        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any],
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], keep: str = "all", settings: dict[str, Any] | None = None,
     ) -> Path:  # fmt: skip
-        """Keep a model that was refused under rejected/, and record it; the current one stays. Returns its folder."""
-        line = self._write("reject", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry)
+        """Keep a model that was refused under rejected/, and record it; the current one stays. Returns its folder. Of those refused before `keep` may let the models go."""
+        self.let_go(keep)
+        line = self._write("reject", index, task, model, tokenizer, memory, recorded, metrics, predictions, entry, settings)
         self._append(line)
         return self.path / "rejected" / folder_of(line)
 
     def _write(
         self, kind: str, index: int, task: str, model: nn.Module, tokenizer, memory: Memory, recorded: dict[str, Tensor],
-        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any],
+        metrics: dict[str, Any], predictions: list[dict], entry: dict[str, Any], settings: dict[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
         previous, name = self.lineage(), f"{index:02d}-{task}"
         again = sum(x["kind"] == kind and (x["index"], x["task"]) == (index, task) for x in previous)
@@ -213,16 +246,21 @@ class RunFolder:
         tokenizer.save_pretrained(work / "model")
         save_memory(work / "state", memory, recorded)
         (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        (work / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+        (work / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions), encoding="utf-8")
         files = manifest(work)
         if self.current:
             earlier = self.path / "tasks" / self.current
             link_unchanged(work, files, earlier, read_manifest(earlier))
-        (work / "files.json").write_text(text := json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
+        (work / "files.json").write_text(text := json.dumps({"version": 1, "files": files, SETTINGS: settings is not None}, indent=1, sort_keys=True))
         line = {"kind": kind, "index": index, "task": task, **({"folder": folder} if again else {}), **entry}
         line |= {"state_sha256": folder_sha256(work / "state"), "model_sha256": model_sha256(model), "files_sha256": text_sha256(text)}
         line = _chained(line, previous)
-        (work / "line.json").write_text(canonical(line))
+        (work / "line.json").write_text(canonical(line), encoding="utf-8")
+        if (
+            settings is not None
+        ):  # so that the config of a branch that was left can be told, when a rollback leads to it again; paths in it are of this machine,
+            # so it has a hash of its own and none in the lineage
+            (work / SETTINGS).write_text(canonical({"settings": settings, "sha256": text_sha256(canonical(settings))}), encoding="utf-8")
         sync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
@@ -230,7 +268,7 @@ class RunFolder:
         return line
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.path / "lineage.jsonl").open("a") as f:
+        with (self.path / "lineage.jsonl").open("a", encoding="utf-8") as f:
             f.write(canonical(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -260,9 +298,13 @@ class RunFolder:
     def find(self, name: str) -> str:
         """The folder under tasks/ of a task, tag or folder name; of several tasks of one name the one that led to where the run stands, else the latest."""
         folders, tags = self.folders(), self.tags()
+        of_task = [x for x in folders if task_of(x) == name]
+        if name in tags and (name in folders or of_task):
+            raise ConfigError(
+                f"{self.path}: '{name}' is a tag and a task's name; say which by the folder's name: {', '.join([tags[name], *of_task])}"
+            )
         if name in folders or name in tags:
             return tags.get(name, name)
-        of_task = [x for x in folders if task_of(x) == name]
         if not of_task:
             known = {*map(task_of, folders), *tags}
             raise ConfigError(f"{self.path}: no committed task or tag '{name}'{nearest(name, known)}")
@@ -270,7 +312,10 @@ class RunFolder:
 
     def tags(self) -> dict[str, str]:
         """{tag: folder under tasks/}."""
-        return json.loads(read(self.path / "tags.json") or "{}")
+        try:
+            return json.loads(read(self.path / "tags.json") or "{}")
+        except ValueError:
+            raise self._damaged("tags.json is not valid JSON") from None
 
     def tag(self, name: str, tag: str | None) -> None:
         """Give the commit `name` a tag, or with None take all of its tags away."""
@@ -287,10 +332,14 @@ class RunFolder:
         if not self.current:
             link.unlink(missing_ok=True)
             return
+        target = Path("tasks") / self.current / "model"
+        if link.is_symlink() and link.readlink() == target:
+            return
         temporary = self.path / ".model"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path("tasks") / self.current / "model")
+        temporary.symlink_to(target)
         temporary.replace(link)
+        sync(self.path)  # before `keep` lets go the model it led to
 
     def going(self, keep: str) -> list[Path]:
         """The folders whose models `keep` (all, last N, tagged) does not keep, refused ones among them. The current model always stays."""
@@ -308,7 +357,7 @@ class RunFolder:
         for folder in self.going(keep):
             (folder / GONE).touch()  # first: a kill in between leaves half a model, and says that it is none
             sync(folder)
-            shutil.rmtree(folder / "model", ignore_errors=True)
+            shutil.rmtree(folder / "model")
 
     # -- reading back ------------------------------------------------------------------------------------------------------------------
 
@@ -341,12 +390,12 @@ class RunFolder:
 
     def scores(self, name: str, task: str, scorer: str) -> dict[int, float]:
         """{row: score} of one task's rows as they were scored when `name` was committed."""
-        lines = map(json.loads, read(self.path / "tasks" / name / "predictions.jsonl").splitlines())
+        lines = map(json.loads, lines_of(read(self.path / "tasks" / name / "predictions.jsonl")))
         return {line["row"]: line["score"][scorer] for line in lines if line["task"] == task and line["score"].get(scorer) is not None}
 
     def answers(self, name: str, task: str) -> dict[int, dict[str, str | None]]:
         """{row: what the model said} of one task when `name` was committed; empty where the run stores no rows."""
-        lines = map(json.loads, read(self.path / "tasks" / name / "predictions.jsonl").splitlines())
+        lines = map(json.loads, lines_of(read(self.path / "tasks" / name / "predictions.jsonl")))
         return {line["row"]: line["prediction"] for line in lines if line["task"] == task and "prediction" in line}
 
     def note_task(self, metrics: dict[str, Any], seconds: dict[str, Any], folder: str = "") -> None:
@@ -372,6 +421,18 @@ class RunFolder:
         if model_sha256(model) != next(x for x in self.lines() if folder_of(x) == name)["model_sha256"]:
             raise self._damaged(f"tasks/{name}/model is not the model that was committed (its hash differs from lineage.jsonl)")
 
+    def settings(self, name: str, room: str = "tasks") -> dict[str, Any] | None:
+        """The entry in the config that a commit's task had; None where it is not there, or not what was written."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(read(self.path / room / name / SETTINGS) or "{}")
+            if text_sha256(canonical(found["settings"])) == found["sha256"]:
+                return found["settings"]
+        return None
+
+    def place(self, line: dict[str, Any]) -> Path:
+        """Where the files of a commit or a refusal lie."""
+        return self.path / ("tasks" if line["kind"] == "task" else "rejected") / folder_of(line)
+
     def damage(self, line: dict[str, Any]) -> list[str]:
         """What is wrong with the files of one commit or rejection, a sentence each, beginning with the file; empty where all is as it was written."""
         place = f"{'tasks' if line['kind'] == 'task' else 'rejected'}/{folder_of(line)}"
@@ -383,7 +444,15 @@ class RunFolder:
         if text_sha256(read(folder / "files.json")) != line["files_sha256"]:
             return [f"{place}/files.json: is not what was committed"]
         gone, found = (folder / GONE).exists(), []
-        for path, entry in read_manifest(folder).items():
+        if read(folder / "line.json") != canonical(line):
+            found.append(f"{place}/line.json: is not this commit's line of lineage.jsonl")
+        files = read_manifest(folder)
+        if json.loads(read(folder / "files.json")).get(SETTINGS) and self.settings(folder_of(line), place.partition("/")[0]) is None:
+            found.append(f"{place}/{SETTINGS}: is missing or not what was written")
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            if (path := file.relative_to(folder).as_posix()) not in files and path not in BESIDE:
+                found.append(f"{place}/{path}: was not committed; a model's folder is read whole, so take it out")
+        for path, entry in files.items():
             file = folder / path
             if gone and path.startswith("model/"):
                 continue
@@ -423,7 +492,7 @@ def branches(lines: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[st
         if line["kind"] == "task":
             head = paths[folder_of(line)] = [*head[: line["index"]], folder_of(line)]
         elif line["kind"] == "rollback":
-            head = paths.get(line["to"], head)
+            head = paths.get(line.get("to", ""), head)  # get: the hashes are checked later
     return paths, head
 
 

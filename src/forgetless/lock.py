@@ -43,13 +43,24 @@ class FolderLock:
         except FileNotFoundError:
             pass  # whoever held it has just closed and removed it
         except OSError as error:
-            if error.errno in NO_LOCKS and not alive(holder(self.path)):
-                return
-        raise ConfigError(f"output_dir {self.path.parent}: another process is running there{self._who()}; wait for it, or choose another folder")
-
-    def _who(self) -> str:
+            if error.errno in NO_LOCKS:
+                return self._take_by_name()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
         found = holder(self.path)
-        return f" (pid {found['pid']} on {found['host']})" if found else ""
+        who = f" (pid {found['pid']} on {found['host']})" if found else ""
+        if found and not alive(found):  # a lock goes to the children too, such as the workers that load the data
+            who = f" (a child of pid {found['pid']} on {found['host']}, which is gone itself)"
+        raise ConfigError(f"output_dir {self.path.parent}: another process is running there{who}; wait for it, or choose another folder")
+
+    def _take_by_name(self) -> None:
+        found = holder(self.path)
+        if alive(found):
+            elsewhere = f", which cannot be asked from {socket.gethostname()}" if found["host"] != socket.gethostname() else ""
+            raise ConfigError(
+                f"output_dir {self.path.parent}: another process is running there (pid {found['pid']} on {found['host']}{elsewhere}; the file system has no locks, "
+                f"so what .lock says counts). Wait for it; if that process is gone, or is none of forgetless, remove {self.path} and start again"
+            )
 
     def release(self) -> None:
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from . import bits, distributed, models
 from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
-from .errors import ConfigError, ForgetlessError
+from .errors import ConfigError, ForgetlessError, GateRejected
 from .estimate import check_bits
 from .evaluation import drift_kl
 from .evaluation.drift import record_inputs, weight_leak
@@ -35,7 +36,7 @@ from .gating import Gate
 from .lineage import RunFolder
 from .methods import get
 from .methods.base import Memory, Method
-from .probes import Probe
+from .probes import Probe, noted
 from .products import full_precision
 from .progress import Progress
 from .protect import encode, fingerprint, read_prompts
@@ -72,6 +73,7 @@ class Result:
     resumed_at: int = 0  # tasks that were committed before this call
     watch: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # name, scorer: before the first task, after each
     gate: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # of each learned task: metrics.json's "gate", None where there was none
+    held: str = ""  # why the last task is kept aside (gate.on_undecided: hold); "" where it is not
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -98,22 +100,25 @@ def run(
         progress.say(f"warning: {warning}")
     with opened(config, stream) as (folder, done):
         try:
-            if len(done) < len(stream):
-                learn(folder, config, stream, method, done, progress)
-        finally:
-            matrices = distributed.on_main(lambda: write_matrix(folder, measured(config, stream))) if folder.current else {}
-            distributed.leave_at_exit()
+            held = learn(folder, config, stream, method, done, progress) if len(done) < len(stream) else ""
+        except GateRejected:
+            distributed.on_main(lambda: write_matrix(folder, measured(config, stream)))
+            raise
+        matrices = distributed.on_main(lambda: write_matrix(folder, measured(config, stream)))
+        distributed.leave_at_exit()
         verdicts = {task.name: folder.metrics(name).get("gate") for task, name in zip(stream, folder.committed(), strict=False)}
-        return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]), verdicts)
+        return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]), verdicts, held)
 
 
-def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> None:
-    """Every task of the stream that is not committed yet."""
+def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> str:
+    """Every task of the stream that is not committed yet. Returns why it ended before the last one (gate.on_undecided: hold), "" where it did not."""
     gate = Gate(config, folder, stream, progress)
     model, tokenizer, memory = start(folder, config, stream, method, gate, done, progress)
     for index in range(len(done), len(stream)):
         task, seed = stream[index], config.seed * 1000 + index
         if line := gate.kept_aside(task, index):
+            if distributed.is_main():
+                shutil.rmtree(folder.training(index, task.name), ignore_errors=True)  # a kill may have come between the refusal and this
             return gate.stop(line)
         progress.tasks(index, len(stream))
         set_seed(seed)  # torch, numpy and Python: a method may draw from any
@@ -163,12 +168,13 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             recorded = {} if config.store == "nothing" else record_inputs(model, tokenizer, task, seed)
             coverage = cover(folder, stream, index, model, method.protected_inputs(memory), recorded)
             kept = protection(trained.steps, leak, method.report(memory), coverage, state_bytes, memory)
-            probed = probe.noted(trained.steps) if probe else {}
+            probed = noted(probe, trained.steps)
             metrics = row.metrics(task.name, index) | {"protection": kept, "steps": trained.steps} | probed
             metrics |= {key: value for key, value in (("forecast", ahead), ("drift", drift)) if value} | gate.metrics(index, judged, further)
-            entry = gate.attempt(task, index) | row.entry(task, config, stream) | gate.entry(judged)
+            entry = gate.attempt(task, index) | row.entry(task, config, stream, folder) | gate.entry(judged)
             content = (index, task.name, model, tokenizer, memory, recorded, metrics, stored(row.predictions, config), entry)
-            folder.reject(*content) if gate.keeps_aside(judged) else folder.commit(*content, config.keep)
+            put = folder.reject if gate.keeps_aside(judged) else folder.commit
+            put(*content, config.keep, config.tasks[index].model_dump())
             checkpoints.drop()
             if not gate.keeps_aside(judged):
                 seconds = {"train_seconds": trained_at - begun + checkpoints.seconds, "eval_seconds": time.perf_counter() - trained_at}
@@ -181,6 +187,7 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         distributed.barrier()
         if gate.keeps_aside(judged):
             return gate.stop(folder.lineage()[-1])
+    return ""
 
 
 @contextmanager
@@ -245,7 +252,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
     if not done and (config.evaluate.unseen or stream.watch):
         before = evaluate(model, tokenizer, stream, len(stream) if config.evaluate.unseen else 0, config, config.train["bf16"], progress)
         if config.evaluate.unseen and distributed.is_main():
-            write_atomic(folder.path / "before.json", json.dumps(before.scores))
+            write_atomic(folder.path / "before.json", json.dumps({"scores": before.scores, "n": before.n}))
         score = partial(answers, model, tokenizer, config, config.train["bf16"], progress, None, None)
         rows = {task.name: gate.reference(task, before.predictions, score) for task in stream.watch}
         if stream.watch and distributed.is_main():

@@ -145,6 +145,14 @@ class Probe:
         return {"step": step, "scores": scores} | ({"failing": True} if why else {}), why
 
 
+def noted(probe: Probe | None, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What metrics.json says of a task's looks; of a task that was begun with probes and went on without, nothing, and its log neither."""
+    found = probe.noted(steps) if probe else {}
+    for entry in steps:
+        entry.pop("probe", None), entry.pop("stopped", None)
+    return found
+
+
 def looks_in(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [look for entry in log for look in entry.get("probe", ())]
 

@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .evaluation.drift import measure_coverage
 from .evaluation.matrix import AccuracyMatrix, wilson
 from .evaluation.scorers import Prediction, failures, score_rows
-from .files import canonical, write_atomic
+from .files import canonical, file_sha256, write_atomic
 from .lineage import RunFolder
 from .methods import get
 from .methods.base import Memory, Method
@@ -41,9 +41,11 @@ class Row:
         """What metrics.json says of the row."""
         return {"task": task, "index": index, "scores": self.scores, "n": self.n, "failures": self.failures, "watch": self.watch}
 
-    def entry(self, task: Task, config: RunConfig, stream: TaskStream) -> dict[str, Any]:
+    def entry(self, task: Task, config: RunConfig, stream: TaskStream, folder: RunFolder) -> dict[str, Any]:
         """What the lineage says of it, and of what was scored."""
         watch = {"watch": self.watch, "watch_sha256": {task.name: task.sha256 for task in stream.watch}}
+        if (file := folder.path / "watch_scores.json").is_file():
+            watch["watch_scores_sha256"] = file_sha256(file)
         return {"scores": self.scores, "scored_sha256": task.scored_sha256(config.evaluate.split)} | (watch if stream.watch else {})
 
     def summary(self) -> str:
@@ -105,7 +107,9 @@ def answers(
 
 def cover(folder: RunFolder, stream: TaskStream, index: int, model, spaces: dict, recorded: dict) -> dict[str, dict[str, float]]:
     """For this task and each earlier one: share of its recorded inputs inside the protected space, and how far each layer's answer to them has moved."""
-    inputs = {task.name: folder.recorded(f"{i:02d}-{task.name}") for i, task in enumerate(stream.tasks[:index])} | {stream[index].name: recorded}
+    inputs = {task.name: folder.recorded(name) for task, name in zip(stream.tasks[:index], folder.committed(), strict=False)} | {
+        stream[index].name: recorded
+    }
     return {name: measure_coverage(model, r, spaces) for name, r in inputs.items() if r}
 
 
@@ -148,7 +152,9 @@ def measured(config: RunConfig, stream: TaskStream) -> Measured:
 
 def measured_in(folder: RunFolder) -> Measured:
     """The same of a run that is there, from run.yaml and matrix.json: no data is read."""
-    config = load_config(folder.path / "run.yaml")
+    from .adding import standing_config
+
+    config = standing_config(folder.path)
     own = (_read_json(folder, "matrix.json") or {}).get("metric_of", {})
     return Measured(config.scorers, {t.name: own.get(t.name, "") for t in config.tasks}, {t.name: own.get(t.name, "") for t in config.watch})
 
@@ -158,9 +164,15 @@ def write_matrix(folder: RunFolder, of: Measured) -> dict[str, AccuracyMatrix]:
     names, width = list(of.tasks), len(of.tasks)
     done = [folder.metrics(name) for name in folder.committed()]
     before = _read_json(folder, "before.json")
+    if before and "n" not in before:  # of a version that noted no names
+        before = {"scores": before, "n": dict.fromkeys(names)}
 
-    def padded(scores: dict[str, list[float | None]], scorer: str) -> list[float | None]:
-        rows = {name: (row + [None] * width)[:width] for name, row in scores.items()}  # tasks may have joined the stream since
+    def padded(row: dict[str, Any], scorer: str) -> list[float | None]:
+        # tasks may have joined the stream since, or taken the place of others that were measured unseen
+        def own(scores: list[float | None]) -> list[float | None]:
+            return [a if name in row["n"] else None for a, name in zip([*scores, *[None] * width], names, strict=False)]
+
+        rows = {name: own(scores) for name, scores in row["scores"].items()}
         if scorer == "metric" and scorer not in rows:  # nor did any task name a metric then: each one's was one of the other scores
             rows[scorer] = [rows.get(own, [None] * width)[j] for j, own in enumerate(of.tasks.values())]
         return rows[scorer]
@@ -168,8 +180,8 @@ def write_matrix(folder: RunFolder, of: Measured) -> dict[str, AccuracyMatrix]:
     matrices = {
         scorer: AccuracyMatrix(
             names,
-            [padded(r["scores"], scorer) for r in done],
-            padded(before, scorer) if before and (scorer in before or scorer == "metric") else None,
+            [padded(r, scorer) for r in done],
+            padded(before, scorer) if before and (scorer in before["scores"] or scorer == "metric") else None,
         )
         for scorer in of.scorers
     }
@@ -179,7 +191,7 @@ def write_matrix(folder: RunFolder, of: Measured) -> dict[str, AccuracyMatrix]:
         "before": {s: m.before for s, m in matrices.items()} if before else None,
         "scores": {s: m.rows for s, m in matrices.items()},
         "n": n,
-        "ci95": {s: [[None if a is None else wilson(a, n[names[j]]) for j, a in enumerate(row)] for row in m.rows] for s, m in matrices.items()},
+        "ci95": {s: [[None if a is None else wilson(a, n[names[j]] or 0) for j, a in enumerate(row)] for row in m.rows] for s, m in matrices.items()},
         "metrics": {s: m.metrics() for s, m in matrices.items()},
         "failures": {key: [[r["failures"].get(t, {}).get(key) for t in names] for r in done] for key in ("other_task_label", "wrong_in_set")},
         "watch": watched(folder, list(of.watch)),

@@ -266,7 +266,8 @@ def load_known(config: TaskConfig, known: Known, split: str, seed: int, watch: b
             why = f"{rows}: its rows are not those that were scored when it was learned"
         except (DataError, ConfigError) as error:
             why = str(error)
-    return Task(config.name, config.prompt or "", [], [], [], sha256=known.sha256, metric=config.metric, missing=why)
+    own = config.metric or ("choice" if config.format == "classification" else "exact_match")
+    return Task(config.name, config.prompt or "", [], [], [], sha256=known.sha256, metric=own, missing=why)
 
 
 def load_task(config: TaskConfig, seed: int = 0, watch: bool = False) -> Task:

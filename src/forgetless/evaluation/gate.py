@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +129,23 @@ def judge(
     return Verdict(outcome, scorer, limits.alpha, limits.beta, limits.margin, tuple(criteria), final)
 
 
+def with_unknown(verdict: Verdict, limits: GateConfig, earlier: Sequence[str], watch: Sequence[str]) -> Verdict:
+    """The verdict where some earlier tasks or watch sets could not be compared at all: what a limit says of them is undecided, and so is what would be accepted."""
+    missing = [("max_worst_task", name, limits.max_worst_task) for name in earlier] + [
+        ("max_general_drop", name, limits.max_general_drop) for name in watch
+    ]
+    if earlier and not any(c.limit == "max_forgetting" for c in verdict.criteria):
+        missing.append(("max_forgetting", None, limits.max_forgetting))
+    more = tuple(Criterion(limit, name, allowed, 0.0, 0, 0, "undecided") for limit, name, allowed in missing if allowed is not None)
+    outcome = "undecided" if more and verdict.outcome == "accept" else verdict.outcome
+    return replace(verdict, criteria=(*verdict.criteria, *more), outcome=outcome)
+
+
 def sentence(criterion: Mapping[str, Any]) -> str:
     """A criterion, as Verdict.content() has it, in words; scores in points, 0-100."""
     c, allowed = criterion, f"{criterion['limit']} allows {100 * criterion['allowed']:.4g}"
+    if not c["rows"] and c["outcome"] == "undecided":
+        return f"{c['name'] or 'the earlier tasks'} could not be compared, rows or scores of before are gone ({allowed})"
     if c["limit"] == "max_drift_kl":
         return f"the model moved by {c['observed']:.3g} nats on the new task's prompts (max_drift_kl allows {c['allowed']:.4g})"
     if c["limit"] == "min_new_task":

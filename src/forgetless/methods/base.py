@@ -72,6 +72,7 @@ class Method:
     constrained = False  # does it promise that updates stay out of a protected space?
     needs_old_data = False  # does it read rows of earlier tasks, from their files or from what it has kept?
     stores = "nothing"  # of a task's data: nothing | prompts | rows. A run whose `store` allows less is refused
+    needs_models = False  # does it answer with models of earlier tasks, which `keep` must not let go?
     needs_task_id = False  # must it be told which task a row belongs to when it answers?
     extra_forward = ""  # what it computes beside a plain training step and the end of a task, in a few words
     bytes_a_task = (

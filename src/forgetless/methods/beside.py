@@ -55,7 +55,7 @@ class Beside(Method):
             raise ConfigError(f"method {self.name}: on: has {self.name} in it again; once is enough")
         self.options.on = {"name": name, **self.on.options.model_dump()}  # every default spelt out, for run.yaml
         self.whole_gradients = self.whole_gradients or self.adds_to_gradients
-        for own in ("needs_old_data", "needs_task_id", "needs_whole_weights"):
+        for own in ("needs_old_data", "needs_task_id", "needs_whole_weights", "needs_models"):
             setattr(self, own, getattr(type(self), own) or getattr(self.on, own))
         allowed = ("nothing", "prompts", "rows")
         self.stores = max(type(self).stores, self.on.stores, key=allowed.index)

@@ -29,7 +29,9 @@ class MTL(Afresh):
             self.progress.stage(f"{task.name}: reading the rows of earlier tasks", sum(len(other.train) for other in earlier))
         for other in earlier:
             if not other.train:
-                raise DataError(f"method mtl: trains on the rows of all tasks, and those of '{other.name}' are not there ({other.missing or 'no training rows'})")
+                raise DataError(
+                    f"method mtl: trains on the rows of all tasks, and those of '{other.name}' are not there ({other.missing or 'no training rows'})"
+                )
             for example in other.train:
                 rows.append(other.encode(self.tokenizer, example))
                 self.progress.advance(len(rows))

@@ -29,7 +29,7 @@ class PerTask(Afresh):
     summary = "upper bound on learning: a model a task, chosen by the task's name at test time"
     kind = "routed"
     several = ("routed", "gainlora", "prompt")
-    needs_task_id = True
+    needs_task_id = needs_models = True
     bytes_a_task = "a whole model, the task's commit"
 
     def __init__(self, /, **options: Any):
