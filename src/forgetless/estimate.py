@@ -135,7 +135,8 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     kept = {"all": tasks, "tagged": 1}.get(config.keep) or min(tasks, int(config.keep.split()[1]))
     first, more, inputs = kept_bytes(config, args, longest, whole)
     disk = {
-        "models": whole_model * (1 if method.kind == "routed" else kept),  # whose weights stay as they were: the commits share one file
+        # the commits of a routed method share one file: its weights stay as they were
+        "models": whole_model * (1 if method.innermost().kind == "routed" else kept),
         "whole_weights": step.aside,
         "spaces": spaces * (tasks + 1) // 2,  # as if they grew evenly up to what the last task finds closed
         "memory": tasks * first + more * tasks * (tasks - 1) // 2, "inputs": tasks * inputs,
