@@ -168,7 +168,7 @@ def markdown(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for method, found in content["measured"].items():
-        model, inputs = found["commits"][1]["model"], found["state_files"][0]["inputs.safetensors"]
+        model, inputs = found["commits"][0]["model"], found["state_files"][0]["inputs.safetensors"]
         memory = ", ".join(mb(files["method.safetensors"]) for files in found["state_files"])
         whole = [mb(sum(found["keep"][keep].values()), 0) for keep in ("all", "last 2", "last 1")]
         lines.append("| " + " | ".join([method, mb(model, 0), mb(inputs), memory, *whole]) + " |")
@@ -185,7 +185,7 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     for method, keeps in content["estimated"]["7b"].items():
         disk = keeps["all"]
-        cells = [mb(v, 1) for v in (disk["models"] // 3, disk["inputs"] // 3, disk["memory"] + disk["spaces"])]
+        cells = [mb(v, 1) for v in (keeps["last 1"]["models"], disk["inputs"] // len(TASKS), disk["memory"] + disk["spaces"])]
         lines.append(
             "| " + " | ".join([method, *cells, *(f"{sum(keeps[keep].values()) / 1e9:.1f} GB" for keep in ("all", "last 2", "last 1"))]) + " |"
         )
