@@ -65,6 +65,18 @@ def test_everything_is_synced_before_it_is_put_in_its_place(struck, name):
     assert operation["calls"] > 5 and "fsync" in operation["kinds"]
 
 
+def test_a_repair_takes_away_what_a_kill_left_half_written(sound, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sound, run, symlinks=True)
+    before = contents(run)
+    for name in (".current.tmp", ".lineage.jsonl.tmp", ".tags.json.tmp", "tasks/.02-more/model/config.json", "rejected/.02-more/metrics.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("ha")
+    with RunFolder(run) as folder:
+        folder.repair()
+    assert contents(run) == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_fault_at_any_call_corrupts_a_run(tmp_path):

@@ -180,7 +180,7 @@ def perform(operation: Operation, path: Path) -> None:
 
 
 def order(operation: Operation) -> list[str]:
-    """Where the log has something put in its place before it was synced, or the line of a commit written before `current` was sure to be there."""
+    """Where the log has something put in its place before it was synced, the line of a commit written before `current` was sure to be there, or a model in use deleted."""
     disk, out = Disk(operation.before), []
     for call in operation.log:
         parts = Path(call.b).parts
@@ -195,6 +195,8 @@ def order(operation: Operation) -> list[str]:
                 ]
         if call.op == "write" and call.a == "lineage.jsonl" and disk.root.now.get("current") is not disk.root.safe.get("current"):
             out.append("the line is written, and current not synced")
+        if call.op == "unlink" and disk.root.safe.get("model") == str(Path(call.a).parent):
+            out.append(f"{call.a} is deleted, and `model` may lead there")
         disk.apply(call)
     if disk.held() != snapshot(operation.before.parent / "recorded", {}):
         out.append("the log does not tell all that was written")

@@ -156,7 +156,8 @@ def meter(name: str, clock: Clock):
             now = time.process_time()
             gc.collect()
             entry = {
-                "index": self.index, "train_cpu": self.trained - self.begun, "rest_cpu": now - self.trained, "resident": resident(), "objects": len(gc.get_objects()),
+                "index": self.index, "pid": os.getpid(), "train_cpu": self.trained - self.begun, "rest_cpu": now - self.trained, "resident": resident(),
+                "objects": len(gc.get_objects()),
                 "open_files": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task")), "parts": clock.take(),
             }  # fmt: skip
             note(name, entry)
@@ -225,6 +226,10 @@ def read(name: str) -> dict[str, Any] | None:
     found: list[dict[str, Any]] = [{} for _ in range(TASKS)]
     for line in map(json.loads, notes.read_text().splitlines()) if notes.is_file() else ():
         found[line.pop("index")] |= line
+    began = next((entry.get("pid") for entry in found if entry), None)
+    for entry in found:
+        if entry.pop("pid", None) != began:  # interrupted and gone on from: another process, whose memory tells nothing of the tasks before
+            entry |= {"resident": None, "objects": None}
     timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()] if (run / "timing.jsonl").is_file() else []
     done = {line["index"]: line for line in timing if line["event"] == "task"}
     if len(done) < TASKS:
@@ -308,24 +313,23 @@ def plot(content: dict[str, Any]) -> None:
         if name == "add":
             continue
         t, x = run["tasks"], range(1, TASKS + 1)
-        axes[0].plot(x, [v / 1e6 for v in t["resident"]], label=name, linewidth=1.2)
+        axes[0].plot(x, [v and v / 1e6 for v in t["resident"]], label=name, linewidth=1.2)
         axes[1].plot(x, [v / 1e6 for v in t["method_bytes"]], label=name, linewidth=1.2)
         line = axes[2].plot(x, smooth(t["train_cpu"]), label=name, linewidth=1.2)
         axes[2].plot(x, smooth(t["rest_cpu"]), linestyle=":", linewidth=1.2, color=line[0].get_color())
     t = runs["add"]["tasks"]
     x = [i + 1 for i, v in enumerate(t["add_cpu"]) if v is not None]
     whole, used = [t["add_cpu"][i - 1] for i in x], [0.0] * len(x)
-    for part, label in (
-        ("train_cpu", "training"),
-        ("parts.evaluate", "scoring all tasks"),
-        ("parts.cover", "inputs of all tasks"),
-        ("parts.check_files", "hashing all commits"),
-    ):
+    parts = {
+        "train_cpu": "training", "parts.evaluate": "scoring all tasks", "parts.cover": "inputs of all tasks", "parts.check_files": "hashing all commits",
+        "parts.repair": "repair", "parts.start": "start",
+    }  # fmt: skip
+    for part, label in parts.items():
         values = smooth([t[part][i - 1] or 0.0 for i in x])
         top = [a + b for a, b in zip(used, values, strict=True)]
         axes[3].fill_between(x, used, top, label=label, alpha=0.7, linewidth=0)
         used = top
-    axes[3].plot(x, smooth(whole), color="black", linewidth=1.2, label="add, whole")
+    axes[3].plot(x, smooth(whole), color="black", linewidth=1.2, label="all of it")
     titles = (
         "resident memory, MB",
         "state/ of the method, MB",
@@ -340,11 +344,12 @@ def plot(content: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "img" / "hundred_tasks.png", dpi=110)
 
 
-def smooth(column: list[float], width: int = 9) -> list[float]:
+def smooth(column: list[float | None], width: int = 9) -> list[float]:
     """Running median: other work on the machine leaves spikes."""
     from statistics import median
 
-    return [median(column[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(column))]
+    near = [[v for v in column[max(0, i - width // 2) : i + width // 2 + 1] if v is not None] for i in range(len(column))]
+    return [median(values) for values in near]
 
 
 def main() -> None:
