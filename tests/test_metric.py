@@ -249,7 +249,9 @@ def test_the_metric_of_a_learned_task_may_not_change(mixed, tmp_path, monkeypatc
     learn(mixed)
     for key, value in (("metric", "nll"), ("max_new_tokens", 3)):
         changed = mixed | {"tasks": [*mixed["tasks"][:2], mixed["tasks"][2] | {key: value}]}
-        with pytest.raises(ConfigError, match=r"tasks.2 \('notes', already learned\) has other data or another prompt, metric or answer length"):
+        with pytest.raises(
+            ConfigError, match=r"tasks.2 \('notes', already learned\) has other data or another prompt, metric, answer length or train settings"
+        ):
             learn(changed)
 
 

@@ -189,7 +189,10 @@ def test_the_weights_are_the_same_bit_for_bit_as_without_probes(case, tiny, tmp_
     same(learn_two(folder, tmp_path / "a", every=1, **given), learn_two(folder, tmp_path / "b", probed=False, **given))
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+QUICK = {"seqft", "gorp", "osft", "lora", "ewc", "replay", "prompt"}  # one of each way of training; the others in make test-all
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(REGISTRY)])
 def test_of_every_method_too(name, tiny, tmp_path):
     same(learn_two(tiny, tmp_path / "a", name), learn_two(tiny, tmp_path / "b", name, probed=False))
 
