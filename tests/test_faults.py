@@ -24,6 +24,7 @@ from forgetless.lineage import RunFolder
 
 OPERATIONS = {"first commit", "commit", "commit, keep: last 1", "commit after a rollback", "reject", "rollback", "tag", "gc", "repair"}
 SCRIPT = Path(faults.__file__)
+pytestmark = pytest.mark.xdist_group("faults")  # what they share is made once
 
 
 # -- faults while it writes --------------------------------------------------------------------------------------------------------------

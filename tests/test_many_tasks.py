@@ -18,6 +18,7 @@ from forgetless.lineage import RunFolder
 from forgetless.models import linear_modules, logical
 
 TASKS, MAX_RANK = 12, 5
+pytestmark = pytest.mark.xdist_group("many tasks")  # the run they share is made once
 
 
 def held(model: nn.Module) -> dict[str, int]:
