@@ -98,6 +98,16 @@ def test_a_flipped_byte_of_it_is_named(old, forgetless_):
         adding.add(old, "mood", MOOD["data"], ADD_MOOD)
 
 
+def test_a_flipped_byte_of_its_model_is_found_too(old, forgetless_):
+    """Its version hashed no files: the model itself is held to the lineage."""
+    (file,) = (old / "model").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, out, _ = forgetless_("verify", str(old))
+    assert status == 4 and "/model: is not the model that was committed" in out
+
+
 def test_a_run_goes_on_with_a_task_appended(old):
     lines, before, matrix = read(old / "lineage.jsonl"), committed_bytes(old), json.loads(read(old / "matrix.json"))
     result = fl.run(config(keep="all"))

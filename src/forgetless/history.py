@@ -74,7 +74,7 @@ def verify(run_dir: str | Path) -> dict[str, Any]:
         if line["kind"] == "rollback":
             continue
         place = folder.path / ("tasks" if line["kind"] == "task" else "rejected") / folder_of(line)
-        harm = folder.damage(line)
+        harm = folder.damage(line) or _damage_without_hashes(place, line, config)
         damage += harm
         files = read_manifest(place)
         found["commits"] += 1
@@ -90,6 +90,20 @@ def verify(run_dir: str | Path) -> dict[str, Any]:
     if done and (not (folder.path / "model").is_dir() or (folder.path / "model").resolve() != (folder.path / "tasks" / done[-1] / "model").resolve()):
         damage.append("model: does not point to the current task's model; the next command that writes to the run mends it")
     return found
+
+
+def _damage_without_hashes(place: Path, line: dict[str, Any], config: RunConfig) -> list[str]:
+    """Of a commit of a version that hashed no files: is its model the one that the line knows?"""
+    if "files_sha256" in line or not (place / "model").is_dir() or (place / GONE).exists():
+        return []
+    from . import models
+    from .state import model_sha256
+
+    try:
+        model, _ = models.load(str(place / "model"), trust_remote_code=config.trust_remote_code, dtype="auto")
+    except Exception as error:  # whatever the damage makes of it
+        return [f"tasks/{place.name}/model: cannot be read ({' '.join(str(error).split())[:100]})"]
+    return [] if model_sha256(model) == line["model_sha256"] else [f"tasks/{place.name}/model: is not the model that was committed"]
 
 
 def stored_of(place: Path, config: RunConfig) -> list[str]:

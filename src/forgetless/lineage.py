@@ -185,7 +185,7 @@ class RunFolder:
 
     def repair(self) -> None:
         """Finish or drop what was interrupted."""
-        self.committed()  # a damaged folder is left as it is
+        done = len(self.committed())  # a damaged folder is left as it is
         lines = self.lineage()
         if found := chain_damage(lines) + self.lost(lines):
             raise self._damaged(found[0])
@@ -196,7 +196,7 @@ class RunFolder:
             known = {folder_of(line) for line in lines if line["kind"] == kind}
             for folder in filter(Path.is_dir, _entries(self.path / room)):
                 # its checkpoints say themselves if they count
-                in_progress = folder.name.startswith(f".{len(self.committed()):02d}-") and folder.name.endswith(TRAINING)
+                in_progress = folder.name.startswith(f".{done:02d}-") and folder.name.endswith(TRAINING)
                 if folder.name not in known and not in_progress:
                     shutil.rmtree(folder)
                 elif (folder / GONE).exists() and (folder / "model").exists():
@@ -376,10 +376,11 @@ class RunFolder:
         return load_memory(self.path / "tasks" / name / "state")
 
     def recorded(self, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         file = self.path / "tasks" / name / "state" / "inputs.safetensors"
-        return load_file(file) if file.is_file() else {}
+        # of its bytes: safetensors 0.8 keeps 56 of them for every tensor it reads from a file, and these are read again after every task
+        return load(file.read_bytes()) if file.is_file() else {}
 
     def metrics(self, name: str, room: str = "tasks") -> dict[str, Any]:
         file = self.path / room / name / "metrics.json"
