@@ -15,7 +15,7 @@ from forgetless.errors import ConfigError, DataError
 from forgetless.leaderboard import cells as files
 from forgetless.leaderboard import protocols, reading, work
 from forgetless.leaderboard.protocols import Protocol
-from forgetless.leaderboard.spec import Cell, Row, Spec, Tier, cells, folder_of, load_spec, run_config, trials
+from forgetless.leaderboard.spec import Also, Cell, Row, Spec, Tier, also_of, cells, folder_of, load_spec, run_config, trials
 from forgetless.lock import FolderLock
 from forgetless.suites import MODULES, SuiteTask
 from tests.conftest import TASKS
@@ -123,6 +123,9 @@ def test_every_row_has_as_many_trials(spec):
         ({"rows": [ROWS[0] | {"grid": {"rate": [1]}}]}, "grid.learning_rate is missing"),
         ({"rows": [ROWS[0] | {"row": "a|b"}]}, "has no line break and none of"),
         ({"seeds": [1]}, "seeds: Extra inputs"),
+        ({"also": {"seeds": [0]}}, "also: nothing is asked for"),
+        ({"also": {"unseen": ["toy/colour"]}}, "'toy/colour' is trained in the stream two"),
+        ({"also": {"rows": ["seqtf"], "relearn": {}}}, "also: rows: there is no 'seqtf'; did you mean 'seqft'"),
         ({"train": {"learning_rate": 1e-4}}, "train.learning_rate is the protocol's"),
         ({"rows": []}, "rows"),
     ],
@@ -285,6 +288,76 @@ def test_a_cell_run_again_here_answers_every_row_as_before(spec, here, tmp_path,
     assert not found["same_rows"] and found["difference"] == pytest.approx(1 - cell["metrics"]["choice"]["average_accuracy"])
     with pytest.raises(ConfigError, match="none of the 1 cells that are there has 'order9'"):
         work.repeat(s, tmp_path / "again", 1, only="order9")
+
+
+def test_what_is_asked_beside_the_scores_is_in_the_cell_and_missing_cells_are_done_again(spec, here, tmp_path, monkeypatch):
+    """unseen and relearn on the road of a run; and a cell that lacks them is not finished."""
+    from forgetless.evaluation.relearn import relearn
+
+    work.work_through(spec(SEQFT), 1)
+    path = tmp_path / "cells/toy-v1/two-bare/seqft/seed0.json"
+    plain = files.read(path)
+    calls = []
+
+    def command(log, *arguments) -> int:
+        calls.append(arguments)
+        relearn(arguments[1], arguments[3], int(arguments[5]), float(arguments[7]))
+        return 0
+
+    monkeypatch.setattr(work, "command", command)
+    also = {"unseen": ["toy/mood"], "relearn": {"steps": 1, "learning_rate": 1e-3}}
+    s = spec(SEQFT, also=also)
+    assert [c.name for c in work.plan(s).missing(cells(s))] == ["toy-v1/two-bare/seqft/seed0"]
+    del here[:]
+    assert work.work_through(s, 1) and len(here) == 1 and len(calls) == 1, "no trial is done again"
+    cell = files.read(path)
+    assert cell["scores"] == plain["scores"] and cell["rows"] == plain["rows"], "to look changes nothing"
+    assert set(cell["unseen"]["tasks"]) == {"mood"} and set(cell["relearning"]["tasks"]) == {"colour"}
+    assert cell["relearning"]["steps"] == [0, 1] and cell["relearning"]["tasks"]["colour"]["learning_rate"] == 1e-3
+    assert work.work_through(s, 1) and len(here) == 1
+    path.unlink()
+    assert work.work_through(s, 1) and (len(here), len(calls)) == (1, 1), "what was measured before the weights went is read again"
+    assert reading.load(tmp_path / "cells")
+
+    # relearning asked for after the weights went: the run is done again, with the same outcome
+    path.unlink()
+    (tmp_path / "runs" / f"code{files.CODE}" / "toy-v1/two-bare/seqft/seed0/relearning.json").unlink()
+    assert work.work_through(s, 1) and (len(here), len(calls)) == (2, 2)
+    assert files.read(path)["relearning"] == cell["relearning"]
+
+    elsewhere = spec(SEQFT, also=also | {"seeds": [5]})
+    assert not work.plan(elsewhere).missing(cells(elsewhere)), "asked of other cells only"
+
+
+def test_a_relearning_that_fails_leaves_no_cell(spec, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "command", lambda log, *arguments: log.write_text("error: diverged\n") and 5)
+    said = []
+    assert not work.work_through(spec(SEQFT, also={"relearn": {}}), 1, say=said.append)
+    assert any("two-bare/seqft/seed0: exit 1" in line and "error: diverged" in line for line in said)
+    assert not (tmp_path / "cells/toy-v1/two-bare/seqft/seed0.json").exists()
+
+
+def test_general_ability_comes_from_the_run_s_own_measurement(tmp_path):
+    suites = [{"facts": {"n": 4, "score": score, "values": []}} for score in (0.5, 0.75)]
+    entries = [{"suites": suites[0]}, {"suites": suites[1], "change": {"facts": {"change": 0.25, "ci95": [0.0, 0.5]}}, "mean_change": 0.25}]
+    (tmp_path / "general.json").write_text(json.dumps({"measured": entries}))
+    assert files.measured(tmp_path, Also(general=["facts"])) == {
+        "general": {"suites": {"facts": {"n": 4, "before": 0.5, "after": 0.75, "change": 0.25, "ci95": [0.0, 0.5]}}, "mean_change": 0.25}
+    }
+
+
+def test_a_routed_row_is_asked_only_what_it_can_answer(spec):
+    rows = [{"row": "routed", "method": {"name": "routed"}, "grid": {"learning_rate": [1e-3, 1e-2]}}]
+    also = {"unseen": ["toy/mood"], "general": ["boolq"], "relearn": {}}
+    s = spec(SEQFT | {"rows": None}, rows=rows, also=also)
+    assert also_of(s, cells(s)[0]).parts() == {"unseen"}
+    s = spec(SEQFT | {"rows": None}, rows=rows, also={"relearn": {}})
+    assert also_of(s, cells(s)[0]) is None
+    config = run_config(
+        spec(SEQFT, also=also), Cell("seqft", "two", "bare", 0, protocol="toy-v1"), {"name": "seqft"}, 1e-3, Path("out"), Path("data")
+    )
+    assert [entry["suite"] for entry in config["watch"]] == ["toy/mood"] and config["evaluate"]["general"] == ["boolq"]
+    assert RunConfig(**config)
 
 
 def test_a_task_without_labels_is_scored_by_its_own_metric_alone(spec, here, tmp_path, monkeypatch):

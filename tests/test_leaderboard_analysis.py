@@ -469,11 +469,15 @@ def relearned(at_start, back, untouched):
 def test_relearning_unseen_and_general_are_tables_where_cells_have_them(page):
     text = page(
         cell(relearning=relearned(0.2, 4, None)), cell(seed=1, relearning=relearned(0.4, None, None)), cell(seed=2),
-        cell(row="gorp", unseen={"imdb": {"choice": 0.7}}),
+        cell(row="gorp", unseen={"tasks": {"imdb": {"choice": [0.5, 0.7]}, "cb": {"choice": [0.4, 0.3]}, "free": {"exact_match": [0.1, 0.2]}}}),
+        cell(row="gorp", seed=1, unseen={"tasks": {"imdb": {"choice": [0.5, 0.6]}}}),
     )  # fmt: skip
     assert "| row | task | when learned | 0 steps | 4 steps | back after | untouched model |" in text
     assert "| seqft | a | 0.800 | 0.300 | 0.800 | 4, not | not, not |" in text
-    assert "| row | imdb choice |" in text and "| gorp | 0.7 |" in text and "General" not in text
+    assert "| row | seeds | imdb | cb | mean change |" in text and "General" not in text
+    assert "| gorp | 2 | 0.500, 0.650 | 0.400, 0.300 | +0.075 |" in text, "(0.2 - 0.1) / 2 of the first seed, 0.1 of the second"
+    asked = {"suites": {"facts": {"n": 40, "before": 0.7, "after": 0.65, "change": -0.05, "ci95": [-0.2, 0.1]}}, "mean_change": -0.05}
+    assert "| seqft | 1 | 0.700, 0.650 | -0.050 |" in page(cell(general=asked))
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------------------

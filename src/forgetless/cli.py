@@ -109,7 +109,7 @@ def learn(work: Callable[[Progress], Result], run_dir: Path, progress: str, as_j
         return  # the main process speaks for all
     report = write_report([result.path], result.path / "report.html")
     if as_json:
-        print((result.path / "matrix.json").read_text())
+        print((result.path / "matrix.json").read_text(encoding="utf-8"))
         return
     settings, done = load_config(result.path / "run.yaml"), len(result.matrix.rows)
     if result.held:
@@ -353,7 +353,7 @@ def report(
     if as_json:
         for d in run_dirs:
             read_run(d)  # says what is wrong with a folder that is no run
-        print(json.dumps({str(d): json.loads((d / "matrix.json").read_text()) for d in run_dirs}, indent=1))
+        print(json.dumps({str(d): json.loads((d / "matrix.json").read_text(encoding="utf-8")) for d in run_dirs}, indent=1))
         return
     out = out or run_dirs[0] / names[form]
     print(write_card(run_dirs[0], out) if form == "card" else {"html": write_report, "md": write_markdown}[form](run_dirs, out))
@@ -432,7 +432,9 @@ def leaderboard(
     pictures: Annotated[
         bool | None, typer.Option("--pictures/--no-pictures", help="The page's pictures; default: where matplotlib is installed.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is there and what is missing as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what is there and what is missing as JSON on stdout; with --table nothing is run first.")
+    ] = False,
 ) -> None:
     """Measure methods side by side: every missing cell of SPEC in a process of its own. Started again, it goes on; finished cells are never run again.
 

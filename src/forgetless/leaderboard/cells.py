@@ -13,7 +13,7 @@ from ..bench.results import cpu_model
 from ..errors import DataError
 from ..files import write_atomic
 from . import protocols
-from .spec import Cell, Spec
+from .spec import Also, Cell, Spec
 
 CODE = 2  # raised by hand when a fix changes numbers: cells of an earlier code are done again. 2: every task under bf16 autocast
 THREADS = 1  # of each process: two of one thread are faster than one of two
@@ -34,13 +34,31 @@ def read(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path}: is not a cell of a leaderboard ({error}); take the file away, and its run is done again") from None
 
 
+def measured(folder: Path, also: Also | None) -> dict[str, Any]:
+    """What was measured beside the scores, from a finished run's folder, by its key in a cell: unseen, general, relearning."""
+    from ..evaluation import general, relearn
+    from ..evaluation.unseen import unseen
+
+    found: dict[str, Any] = {}
+    parts = also.parts() if also else set()
+    if "unseen" in parts:
+        found["unseen"] = unseen(folder)
+    if "general" in parts:
+        before, after = json.loads((folder / general.FILE).read_text(encoding="utf-8"))["measured"]
+        suites = {name: {"n": now["n"], "before": before["suites"][name]["score"], "after": now["score"]} for name, now in after["suites"].items()}
+        found["general"] = {"suites": {name: one | after["change"][name] for name, one in suites.items()}, "mean_change": after["mean_change"]}
+    if "relearning" in parts:
+        found["relearning"] = json.loads((folder / relearn.FILE).read_text(encoding="utf-8"))
+    return found
+
+
 def content(
     spec: Spec, cell: Cell, config: dict[str, Any], chosen: dict[str, Any] | None, total_seconds: float | None, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """What a finished run says, from its folder. extra: relearning, unseen, general, where they were measured."""
     folder = Path(config["output_dir"])
-    matrix = json.loads((folder / "matrix.json").read_text())
-    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    matrix = json.loads((folder / "matrix.json").read_text(encoding="utf-8"))
+    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
     done = [event for event in timing if event["event"] == "task"]
     learned = [scored(folder, i, task) for i, task in enumerate(matrix["tasks"])]
     last = scored(folder, len(learned) - 1, matrix["tasks"][-1])
@@ -48,7 +66,7 @@ def content(
     return {
         "cell": cell.name, "row": cell.row, "stream": cell.stream, "prompt": cell.prompt, "seed": cell.seed,
         "protocol": protocols.get(cell.protocol).content(), "chosen": chosen, "method": config["method"], "learning_rate": config["train"]["learning_rate"],
-        "config": config | {"output_dir": ""}, "environment": environment((folder / "run.yaml").read_text()),
+        "config": config | {"output_dir": ""}, "environment": environment((folder / "run.yaml").read_text(encoding="utf-8")),
         "code": CODE, **{key: matrix[key] for key in ("tasks", "scores", "before", "n", "ci95", "metrics", "failures")},
         "rows": {
             "final": {s: by_task(s, [last] * len(tasks), tasks) for s in scorers},
@@ -70,16 +88,28 @@ def content(
 def finished(folder: Path, config: dict[str, Any]) -> bool:
     """Has a run learned all its tasks? Its weights may be gone by then."""
     try:
-        matrix = json.loads((folder / "matrix.json").read_text())
+        matrix = json.loads((folder / "matrix.json").read_text(encoding="utf-8"))
         return len(matrix["scores"][config["evaluate"]["scorers"][0]]) == len(config["tasks"])
     except (OSError, ValueError, KeyError):
         return False
 
 
+def spent(folder: Path) -> bool:
+    """Have a run's weights gone, as they do once its cell is written?"""
+    return not any(folder.glob("tasks/*/model/*.safetensors"))
+
+
+def too_late(folder: Path, config: dict[str, Any], also: Also | None) -> bool:
+    """Has a run ended and let go of its weights without a measurement that is asked of them?"""
+    from ..evaluation.relearn import FILE
+
+    return bool(also and also.relearn) and finished(folder, config) and spent(folder) and not (folder / FILE).is_file()
+
+
 def scored(folder: Path, index: int, task: str) -> dict[str, list[dict[str, Any]]]:
     """{task: its scored rows in order} when the `index`-th task was committed."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in (folder / "tasks" / f"{index:02d}-{task}" / "predictions.jsonl").read_text().splitlines():
+    for line in (folder / "tasks" / f"{index:02d}-{task}" / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.setdefault(row["task"], []).append(row)
     return {name: sorted(rows, key=lambda row: row["row"]) for name, rows in found.items()}

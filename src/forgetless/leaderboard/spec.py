@@ -76,6 +76,37 @@ class Tier(_Strict):
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
 
 
+class Relearning(_Strict):
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """One for all rows: adapters are trained at rates too high for whole weights."""
+    steps: int = Field(default=16, ge=1)
+
+
+class Also(_Strict):
+    """What is measured beside the scores of the stream's own tasks, in the cells that the first four name (all, where one is absent)."""
+
+    streams: list[str] | None = None
+    prompts: list[str] | None = None
+    rows: list[str] | None = None
+    seeds: list[int] | None = None
+    unseen: list[str] = Field(default_factory=list)
+    """Tasks that are never trained, as suite/task: scored before the first task and after each."""
+    general: list[str] = Field(default_factory=list)
+    """lm-eval's tasks, as evaluate.general takes them: before the first task and after the last."""
+    relearn: Relearning | None = None
+    """Plain training of the stream's first task from the last model (forgetless relearn)."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> Also:
+        if not self.parts():
+            raise ValueError("nothing is asked for: name unseen, general or relearn")
+        return self
+
+    def parts(self) -> set[str]:
+        """The keys of a cell that hold the answers."""
+        return {key for key, asked in (("unseen", self.unseen), ("general", self.general), ("relearning", self.relearn)) if asked}
+
+
 class Spec(_Strict):
     protocol: str
     model: str = "bundled:smollm2-135m"
@@ -89,6 +120,8 @@ class Spec(_Strict):
     """The table to write, in Markdown; pictures lie in img/ beside it."""
     train: dict[str, Any] = Field(default_factory=dict)
     """What this machine needs in the section train and no number depends on, such as {dataloader_num_workers: 2}."""
+    also: Also | None = None
+    """What else is measured. Cells that lack what is asked of them are done again."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +187,18 @@ def check(spec: Spec, where: str) -> None:
             for name in asked:
                 if name not in known:
                     raise ConfigError(f"{where}: tiers: {key}: there is no '{name}'{nearest(name, known)}")
+    if also := spec.also:
+        for key, asked, known in (
+            ("streams", also.streams, protocol.streams),
+            ("prompts", also.prompts, protocol.prompts),
+            ("rows", also.rows, names),
+        ):
+            for name in asked or []:
+                if name not in known:
+                    raise ConfigError(f"{where}: also: {key}: there is no '{name}'{nearest(name, known)}")
+        for name in also.unseen:
+            if trained := [stream for stream in also.streams or protocol.streams if name in protocol.streams[stream] and _in_a_tier(spec, stream)]:
+                raise ConfigError(f"{where}: also: unseen: '{name}' is trained in the stream {trained[0]}; name the streams it is unseen in")
     if set_by_it := sorted({*protocol.train, "learning_rate", "lr_scheduler_kwargs", "num_train_epochs"} & spec.train.keys()):
         raise ConfigError(f"{where}: train.{set_by_it[0]} is the protocol's, or a row's, to say; train is for what no number depends on")
     for row in spec.rows:
@@ -161,6 +206,26 @@ def check(spec: Spec, where: str) -> None:
             raise ConfigError(f"{where}: row '{row.row}': its grid makes {n} trials, and {protocol.name} gives every row {protocol.trials}")
         for method, _ in row.trials():
             get(method["name"], **{k: v for k, v in method.items() if k != "name"})
+
+
+def _in_a_tier(spec: Spec, stream: str) -> bool:
+    return any(stream in tier.streams for tier in spec.tiers)
+
+
+def also_of(spec: Spec, cell: Cell) -> Also | None:
+    """What else is measured in a cell. A routed method leaves no one model to be relearned or asked by lm-eval."""
+    from ..methods import get
+
+    also = spec.also
+    if also is None or cell.trial is not None:
+        return None
+    wanted = ((also.streams, cell.stream), (also.prompts, cell.prompt), (also.rows, cell.row), (also.seeds, cell.seed))
+    if any(names is not None and own not in names for names, own in wanted):
+        return None
+    method = next(row.method for row in spec.rows if row.row == cell.row)
+    if get(method["name"], **{k: v for k, v in method.items() if k != "name"}).kind == "routed":
+        return also.model_copy(update={"general": [], "relearn": None}) if also.unseen else None
+    return also
 
 
 def cells(spec: Spec) -> list[Cell]:
@@ -208,11 +273,17 @@ def run_config(spec: Spec, cell: Cell, method: dict[str, Any], rate: float, outp
         )
     options = {k: v for k, v in method.items() if k != "name"}
     stores = get(method["name"], **options).stores
-    return {
+    config = {
         "model": spec.model, "tasks": entries, "method": method, "train": train, "seed": cell.seed, "keep": "last 1",
         "store": "rows" if stores == "rows" else "prompts",
         "evaluate": {"split": "test", "limit": limit, "scorers": list(protocol.scorers)}, "output_dir": str(output_dir),
     }  # fmt: skip
+    if also := also_of(spec, cell):
+        cut = {key: entries[0][key] for key in ("max_text_tokens", "max_prompt_tokens") if key in entries[0]}
+        unseen = [{"name": name.partition("/")[2], "suite": name, "suite_options": protocol.prompts[cell.prompt]} | cut for name in also.unseen]
+        config |= {"watch": unseen} if unseen else {}
+        config["evaluate"] |= {"general": also.general} if also.general else {}
+    return config
 
 
 def tuning_entry(protocol: Protocol, name: str, data: Path) -> dict[str, Any]:
@@ -225,9 +296,9 @@ def tuning_entry(protocol: Protocol, name: str, data: Path) -> dict[str, Any]:
     for part, rows in (("data", suite.dev[:cut]), ("test", suite.dev[cut:])):
         file = data / f"{short}-{part}.jsonl"
         text = "".join(json.dumps({"sentence": row["sentence"], "label": row["label"]}) + "\n" for row in rows)
-        if not file.is_file() or file.read_text() != text:
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
             beside = file.with_suffix(f".{os.getpid()}")  # another process may be at it too
-            beside.write_text(text)
+            beside.write_text(text, encoding="utf-8", newline="\n")
             beside.replace(file)
         files[part] = str(file)
     return {"name": name.partition("/")[2], **files, "labels": list(suite.labels), "prompt": suite.prompt}

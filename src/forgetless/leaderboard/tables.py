@@ -89,15 +89,33 @@ def extras(group: Group) -> list[list[str] | str]:
             "Relearning: the score of an earlier task after so many steps of 8 of its rows, and of each seed the steps that brought it back:",
             curves,
         ]
-    for part, title in {"unseen": "Tasks never trained", "general": "General ability"}.items():
-        measured = {row.name: averaged([numbers(getattr(cell, part)) for cell in row.cells if getattr(cell, part)]) for row in group.rows}
-        columns = list(dict.fromkeys(key for values in measured.values() for key in values))
-        if columns:
-            body = [
-                [plain(name), *(f"{values[key]:.4g}" if key in values else None for key in columns)] for name, values in measured.items() if values
-            ]
-            found += [f"{title}:", table(["row", *(plain(key) for key in columns)], body)]
+    unseen = {row.name: [unseen_scores(cell.unseen, group.scorer) for cell in row.cells if cell.unseen] for row in group.rows}
+    general = {row.name: [general_scores(cell.general) for cell in row.cells if cell.general] for row in group.rows}
+    for measured, title in (
+        (unseen, f"Tasks never trained, {group.scorer} of the untouched model and after the last task:"),
+        (general, "General ability by lm-eval, of the untouched model and after the last task:"),
+    ):
+        names = list(dict.fromkeys(name for runs in measured.values() for run in runs for name in run))
+        body = []
+        for row, runs in measured.items():
+            each = [[run[name] for run in runs if name in run] for name in names]
+            if runs:
+                changes = [mean(after - before for before, after in run.values()) for run in runs]
+                shown = [f"{mean(b for b, _ in one):.3f}, {mean(a for _, a in one):.3f}" if one else None for one in each]
+                body.append([plain(row), str(len(runs)), *shown, f"{mean(changes):+.3f}"])
+        if body:
+            found += [title, table(["row", "seeds", *(plain(name) for name in names), "mean change"], body)]
     return found
+
+
+def unseen_scores(content: Mapping[str, Any], scorer: str) -> dict[str, tuple[float, float]]:
+    """{task: (before, after)} of what evaluation/unseen.py found."""
+    return {task: (scores[scorer][0], scores[scorer][1]) for task, scores in content["tasks"].items() if scorer in scores}
+
+
+def general_scores(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """{suite: (before, after)} of a cell's general ability."""
+    return {name: (suite["before"], suite["after"]) for name, suite in content["suites"].items()}
 
 
 def relearning(group: Group) -> list[str]:
@@ -117,22 +135,6 @@ def relearning(group: Group) -> list[str]:
             ])  # fmt: skip
     head = ["row", "task", "when learned", *(f"{n} steps" for n in steps), "back after", "untouched model"]
     return table(head, body, left=2) if body else []
-
-
-def numbers(content: Mapping[str, Any], before: str = "") -> dict[str, float]:
-    """Every number in it, by its keys joined with blanks."""
-    found: dict[str, float] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= numbers(value, f"{before}{key} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{before}{key}"] = value
-    return found
-
-
-def averaged(of: list[dict[str, float]]) -> dict[str, float]:
-    keys = dict.fromkeys(key for one in of for key in one)
-    return {key: mean(one[key] for one in of if key in one) for key in keys}
 
 
 # -- numbers as text -----------------------------------------------------------------------------------------------------------------

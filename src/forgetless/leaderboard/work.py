@@ -21,9 +21,9 @@ from ..files import write_atomic
 from ..lock import FolderLock
 from . import cells as files
 from . import protocols
-from .spec import Cell, Spec, cells, run_config, trials
+from .spec import Cell, Relearning, Spec, also_of, cells, run_config, trials
 
-DIVERGED = 5  # the exit status of `forgetless run`
+FAILED, DIVERGED = 1, 5  # exit statuses of `forgetless run`
 
 
 @dataclass
@@ -50,7 +50,9 @@ def plan(spec: Spec) -> Plan:
     for cell in table:
         if content := files.read(files.place(spec.results, cell)):
             own = settings[cell.row]
-            if (content["method"], content["learning_rate"]) in (own if (pick := picks[cell.row]) is None else [own[pick["trial"]]]):
+            lacking = (also.parts() if (also := also_of(spec, cell)) else set()) - content.keys()
+            as_chosen = (content["method"], content["learning_rate"]) in (own if (pick := picks[cell.row]) is None else [own[pick["trial"]]])
+            if as_chosen and ("failed" in content or not lacking):
                 done[cell.name] = content
     return Plan(tuning, table, done)
 
@@ -159,7 +161,9 @@ class Queue:
             config = run_config(spec, cell, method, rate, folder, spec.runs / spec.protocol / "tuning" / "data")
         path = folder.with_name(folder.name + ".yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(config)):
+        also = also_of(spec, cell)
+        other = path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(config))
+        if folder.exists() and (other or files.too_late(folder, config, also)):
             try:
                 FolderLock(folder).release()
             except ConfigError as error:
@@ -170,11 +174,14 @@ class Queue:
         log, begun = folder.with_name(folder.name + ".log"), time.time()
         fresh = not folder.exists()
         status = 0 if files.finished(folder, config) else launch(path, log)
+        if status == 0 and also and also.relearn and not files.spent(folder):
+            # a relearning that diverges says nothing of the run
+            status = 0 if relearn(folder, config["tasks"][0]["name"], also.relearn, log) == 0 else FAILED
         seconds, last = time.time() - begun, last_line(log)
         record = {"trial": pick["trial"], "of": len(own), "score": pick.get("score")}
         if status == 0:
             # of a run that went on from an earlier process nobody knows the whole
-            found = files.content(spec, cell, config, record, round(seconds, 1) if fresh else None, {})
+            found = files.content(spec, cell, config, record, round(seconds, 1) if fresh else None, files.measured(folder, also))
         elif status == DIVERGED:
             found = files.failed(spec, cell, config, record, last.removeprefix("error: "))
         else:
@@ -200,16 +207,25 @@ class Queue:
 
 
 def launch(config: Path, log: Path) -> int:
-    """`forgetless run` in a process of its own, what it says at the end of `log`. Returns its exit status."""
+    """`forgetless run` of a config. Returns its exit status."""
+    return command(log, "run", str(config), "--progress", "none")
+
+
+def relearn(folder: Path, task: str, asked: Relearning, log: Path) -> int:
+    """`forgetless relearn` of a finished run. Returns its exit status."""
+    return command(log, "relearn", str(folder), "--task", task, "--steps", str(asked.steps), "--learning-rate", str(asked.learning_rate), "--json")
+
+
+def command(log: Path, *arguments: str) -> int:
+    """A command of forgetless in a process of its own, what it says at the end of `log`. Returns its exit status."""
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(files.THREADS)) | {"TOKENIZERS_PARALLELISM": "false"}
-    with log.open("a") as out:
-        command = [sys.executable, "-m", "forgetless", "run", str(config), "--progress", "none"]
-        return subprocess.run(command, stdout=out, stderr=out, env=env).returncode
+    with log.open("a", encoding="utf-8") as out:
+        return subprocess.run([sys.executable, "-m", "forgetless", *arguments], stdout=out, stderr=out, env=env).returncode
 
 
 def last_line(log: Path) -> str:
     """What a run said last, which of a failed one is why: its last error, whatever a library has to say after it."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
 
 
