@@ -136,6 +136,12 @@ def test_a_wrong_spec_ends_in_one_clear_message(spec, changes, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "benchmarks" / "leaderboards").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_project_s_own_specs_hold_to_their_protocols(path):
+    found = load_spec(path)
+    assert len(cells(found)) == len({cell.name for cell in cells(found)})
+
+
 def test_a_spec_that_is_no_yaml_or_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_spec(tmp_path / "none.yaml")
