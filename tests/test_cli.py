@@ -17,7 +17,7 @@ import forgetless.trainer
 from forgetless import cli
 from forgetless.config import load_config
 from forgetless.loop import run as learn
-from forgetless.methods import REGISTRY
+from forgetless.methods import REGISTRY, catalogue
 
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if not command.hidden]
 STEPS = 6
@@ -81,6 +81,19 @@ def test_methods_name_says_what_the_file_says_and_what_each_option_does(forgetle
     assert status == 2 and "did you mean 'gorp'" in err
 
 
+UNREAD = ("treelora", "esacl", "routed", "replay", "gainlora", "slao", "badam", "ella")
+UNTUNED = {"ella": "strength", "nlora": "l1", "ewc": "strength"}
+
+
+def test_what_was_not_read_of_a_paper_and_what_is_tuned_on_nothing_is_said_where_a_user_looks():
+    papers = (Path(__file__).parents[1] / "docs" / "papers.md").read_text(encoding="utf-8").partition("## What was not read")[2].partition("\n## ")[0]
+    for name in UNREAD:
+        assert re.search(r"Read of [^:.]*papers?: ", " ".join(catalogue.page(*catalogue.rows([name])).split())) and f"| `{name}`" in papers, name
+    for name, option in UNTUNED.items():
+        (row,) = catalogue.rows([name])
+        assert "tuned on nothing" in row["options"][option]["help"] and f"| `{name}`: `{option}`" in papers, name
+
+
 def test_methods_json(forgetless_):
     status, out, _ = forgetless_("methods", "--json")
     found = json.loads(out)
@@ -115,7 +128,7 @@ def test_doctor_of_a_config(here, forgetless_):
     fewer = json.loads(forgetless_("doctor", "first.yaml", "method.rank=2", "--json")[1])
     assert fewer["bytes"]["optimizer_state"] < 0.3 * found["bytes"]["optimizer_state"]
     status, out, _ = forgetless_("doctor", "first.yaml")
-    assert status == 0 and re.search(r"^method  gorp trains [\d,]+ parameters in 14 tensors", out, re.M) and "task    animal: " in out
+    assert status == 0 and re.search(r"^method     gorp trains [\d,]+ parameters in 14 tensors", out, re.M) and "task       animal: " in out
 
 
 def test_report(here, finished, forgetless_):

@@ -8,16 +8,20 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import make_model_folder
-from transformers import AutoModelForCausalLM
+from conftest import make_model_folder, write_task
+from test_beside import trained, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
+from forgetless.config import TaskConfig
 from forgetless.errors import ConfigError, Diverged
-from forgetless.methods import get
+from forgetless.methods import REGISTRY, get
 from forgetless.methods._statistics import row_gradients
+from forgetless.methods.base import Memory
 from forgetless.methods.esacl import critical
 from forgetless.models import linear_modules
 from forgetless.protect import input_sums
+from forgetless.tasks import load_task
 
 REFUSED = [
     ({"name": "per_task", "on": "routed"}, "per_task: not on: routed: what it leaves of each task is not in one model's weights"),
@@ -25,6 +29,12 @@ REFUSED = [
     ({"name": "mtl", "on": "prompt"}, "mtl: not on: prompt"),
     ({"name": "ewc", "on": "prompt"}, "ewc: not on: prompt: it leaves several models"),
     ({"name": "lwf", "on": "routed"}, "lwf: not on: routed: it leaves several models"),
+    ({"name": "ewc", "on": "mtl"}, "ewc: not on: mtl: it learns all tasks anew"),
+    ({"name": "replay", "on": "mtl"}, "replay: not on: mtl: it trains on every row"),
+    ({"name": "mtl", "on": "ewc"}, "mtl: not on: ewc: it acts by what earlier tasks have left"),
+    ({"name": "per_task", "on": "lwf"}, "per_task: not on: lwf: it acts by"),
+    ({"name": "per_task", "on": "replay"}, "per_task: not on: replay: it acts by"),
+    ({"name": "mtl", "on": {"name": "merge", "rule": "ema"}}, "mtl: not on: merge: it acts by"),
     ({"name": "lwf", "on": "mtl"}, "lwf: not on: mtl: it begins at the untouched model"),
     ({"name": "lwf", "on": {"name": "merge", "rule": "arithmetic"}}, "lwf: on: merge trains from weights that are not the last commit's"),
     ({"name": "merge", "rule": "arithmetic", "on": "lwf"}, "merge: with start: pretrained lwf would hold on to other weights"),
@@ -62,6 +72,39 @@ def test_what_would_make_no_sense_is_refused_before_the_first_step(method, said,
 def test_options_that_would_do_nothing_or_harm_are_refused(method, said):
     with pytest.raises(ConfigError, match=said):
         get(**method)
+
+
+NOT_BEFORE = {  # what `post` cannot come after, and in which words it says so
+    "routed": "leaves several models", "gainlora": "leaves several models", "prompt": "leaves several models", "per_task": "leaves several models",
+    "slao": "takes the adapter it has left out", "esacl": "would not stay 0", "ewc": "the other way round they are: ewc on: lines",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name != "lines"])
+def test_lines_come_after_any_method(name, tiny, tmp_path):
+    """With alpha and beta 0 nothing of what a task has changed is left: two tasks by any method, and the model is what it was. Or it is refused, and says why."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tasks = [load_task(TaskConfig(**write_task(tmp_path / "data", task, rows=12))) for task in ("colour", "animal")]
+    model, method, memory = AutoModelForCausalLM.from_pretrained(tiny), get("lines", alpha=0.0, beta=0.0, on=name), Memory()
+    if name in NOT_BEFORE:
+        with pytest.raises(ConfigError, match=NOT_BEFORE[name]):
+            method.check(model)
+        return
+    method.check(model)
+    start, ends, end = {key: W.clone() for key, W in model.state_dict().items()}, [], method.on.end_task
+    method.on.end_task = lambda *given: ends.append(weights(out := end(*given))) or out
+    for task in tasks:
+        model = trained(method, model, tokenizer, task, memory)
+        assert any(not torch.equal(W, start[key]) for key, W in ends[-1].items()), "nothing was learned"
+        assert model.state_dict().keys() == start.keys()
+        for key, W in model.state_dict().items():
+            torch.testing.assert_close(W, start[key], rtol=0, atol=1e-6)  # an adapter is taken out and put in again
+
+
+def test_beside_an_upper_bound_goes_what_acts_without_earlier_tasks(tiny):
+    for on in ({"name": "lwf", "first_task": True}, {"name": "replay", "mode": "self_synthesised"}, {"name": "lines"}, {"name": "gorp"}):
+        get("mtl", on=on).check(AutoModelForCausalLM.from_pretrained(tiny))
+        get("per_task", on=on).check(AutoModelForCausalLM.from_pretrained(tiny))
 
 
 def test_post_takes_no_on(small_run):

@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import write_task
 from safetensors.torch import load_file
+from test_contract import EVERY, VARIANTS
 
 import forgetless as fl
 from forgetless.errors import GateRejected
-from forgetless.methods import REGISTRY
+from forgetless.methods import REGISTRY, get_class
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -38,60 +39,87 @@ def torchrun(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
 
 # -- row 4 -------------------------------------------------------------------------------------------------------------------------------
 
-# a spectral gap and exact bases, so that the order of summation cannot choose another subspace
-METHODS = {
-    "seqft": {"name": "seqft"},
+# every method of the registry; a spectral gap and exact bases, so that the order of summation cannot choose another subspace
+METHODS = {name: {"name": name} for name in REGISTRY} | {
     "gorp": {"name": "gorp", "rank": None, "full_lr_ratio": 1.0, "energy": 0.5},
     "gorp-rank": {"name": "gorp", "rank": 3, "refresh": "svd", "energy": 0.5, "space_from": "first_moment", "max_rank": 4},
-    # dense: with a rank as well, directions of next to no gradient meet Adam's division, which makes 1e-8 of a rounding of 1e-17 in 24 steps
-    "gorp-branches": {"name": "gorp", "use_lora": True, "lora_dropout": 0.0, "energy": 0.5, "max_rank": 4},
-    "lora": {"name": "lora", "lora_dropout": 0.0},
-    "inclora": {"name": "inclora", "lora_dropout": 0.0},
-    "badam": {"name": "badam", "lora_dropout": 0.0},
-    "olora": {"name": "olora", "lora_dropout": 0.0, "l2": 0.001},
-    "osft": {"name": "osft"},
+    "gorp-branches": {"name": "gorp", "use_lora": True, "energy": 0.5, "max_rank": 4},
+    "olora": {"name": "olora", "l2": 0.001},
     "osft-adapter": {"name": "osft", "form": "adapter"},
-    "gainlora": {"name": "gainlora", "lora_dropout": 0.0},
-    "migu": {"name": "migu"},
     "ewc-lwf": {"name": "ewc", "on": {"name": "lwf"}},
-    "replay": {"name": "replay", "rate": 0.3, "buffer": 8},
-    **{name: {"name": name} for name in ("ogd", "sara", "esacl", "lines", "prompt", "mtl", "per_task")},
-    **{name: {"name": name, "lora_dropout": 0.0} for name in ("nlora", "ella", "slao", "treelora", "routed")},
+    "replay": {"name": "replay", "buffer": 8},
     "gpm": {"name": "gpm", "threshold": 0.6},
-    "inflora": {"name": "inflora", "lora_dropout": 0.0, "energy": 0.6},
+    "inflora": {"name": "inflora", "energy": 0.6},
     "merge": {"name": "merge", "rule": "magmax"},
 }
+# and what else each can be told: test_contract.py's variants
+FURTHER = {variant: {"name": name, **options} for variant, (name, options) in zip(VARIANTS, EVERY, strict=True) if options}
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tiny, tmp_path_factory):
-    """{method: tensors} of one process with batches of 4, and of two with batches of 2."""
-    folder = tmp_path_factory.mktemp("ranks")
+def comparable(method: dict) -> dict:
+    """An adapter's dropout is drawn for the rows a process has, so that with it no two divisions of a batch are the same; and an epoch beside replay in whole batches."""
+    if "on" in method:
+        on = {"name": method["on"]} if isinstance(method["on"], str) else method["on"]
+        method = method | {"on": comparable(on)}
+    known = get_class(method["name"]).Options.model_fields
+    return method | {key: value for key, value in (("lora_dropout", 0.0), ("rate", 0.3)) if key in known and method["name"] != "merge"}
+
+
+def one_and_two(model, folder, methods):
+    """{method: what it ended with} of one process with batches of 4, and of two with batches of 2."""
     # 48 rows: whole steps of 2 x 2 x 2; at the ragged end of an epoch Accelerate fills up the last process' batch with rows from its beginning
     tasks = json.dumps([write_task(folder / "data", n) | {"limit": 48} for n in ("colour", "animal")])
-    arguments = [str(HERE / "ddp_child.py"), tiny, tasks]
-    two = torchrun(*arguments, str(folder / "two"), json.dumps(METHODS), "2")
+    (folder / "methods.json").write_text(json.dumps({name: comparable(method) for name, method in methods.items()}))
+    arguments = [str(HERE / "ddp_child.py"), model, tasks]
+    two = torchrun(*arguments, str(folder / "two"), str(folder / "methods.json"), "2", timeout=900)
     assert two.returncode == 0, two.stderr[-2000:]
-    one = run([sys.executable, *arguments, str(folder / "one"), json.dumps(METHODS), "4"])
+    one = run([sys.executable, *arguments, str(folder / "one"), str(folder / "methods.json"), "4"], timeout=900)
     assert one.returncode == 0, one.stderr[-2000:]
     return tuple(torch.load(folder / n, weights_only=True) for n in ("one", "two"))
 
 
+@pytest.fixture(scope="module")
+def ranks(tiny, tmp_path_factory):
+    return one_and_two(tiny, tmp_path_factory.mktemp("ranks"), METHODS)
+
+
+@pytest.fixture(scope="module")
+def further(tiny, tmp_path_factory):
+    return one_and_two(tiny, tmp_path_factory.mktemp("further"), FURTHER)
+
+
+def check_row_4(one: dict, two: dict) -> None:
+    """What a method ends with: the model's weights, its memory, the loss of each step."""
+    assert not two["apart"], "the processes end with different weights or memories"
+    assert one["tensors"].keys() == two["tensors"].keys() and rounded(one["info"]) == rounded(two["info"])
+    for key, a in one["tensors"].items():
+        b = two["tensors"][key]
+        if key.endswith(".basis"):  # a space is its projector: directions of equal energy may come out in another mixture
+            a, b = a @ a.mT, b @ b.mT
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=0, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def rounded(info: dict) -> dict:
+    return json.loads(json.dumps(info), parse_float=lambda digits: round(float(digits), 8))
+
+
 def test_every_method_of_the_registry_is_here():
-    names = {method["name"] for method in METHODS.values()} | {m["on"]["name"] for m in METHODS.values() if "on" in m}
-    assert names == set(REGISTRY)
+    assert {method["name"] for method in METHODS.values()} == set(REGISTRY)
 
 
 @pytest.mark.xdist_group("ranks")  # all in one process of the run, which makes the two ranks once
 @pytest.mark.parametrize("name", METHODS)
-def test_row_4_two_ranks_equal_one_process(name, one_and_two):
-    a, b = (found[name] for found in one_and_two)
-    assert a.keys() == b.keys() and (not name.startswith("gorp") or any(key.endswith(".basis") and t.shape[1] for key, t in a.items()))
-    for key in a:
-        if key.endswith(".basis"):  # a space is its projector: directions of equal energy may come out in another mixture
-            torch.testing.assert_close(a[key] @ a[key].mT, b[key] @ b[key].mT, atol=1e-8, rtol=0)
-        else:
-            torch.testing.assert_close(a[key], b[key], atol=1e-8, rtol=0)
+def test_row_4_two_ranks_equal_one_process(name, ranks):
+    check_row_4(*(found[name] for found in ranks))
+    if name.startswith("gorp"):
+        assert any(key.endswith(".basis") and t.shape[1] for key, t in ranks[0][name]["tensors"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("further")
+@pytest.mark.parametrize("name", FURTHER)
+def test_row_4_for_all_that_a_method_can_be_told(name, further):
+    check_row_4(*(found[name] for found in further))
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------------------------
@@ -147,7 +175,7 @@ def test_two_processes_put_their_whole_weights_aside_each_for_itself(small_run, 
     done = torchrun("-m", "forgetless", "run", config_file(config, tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     config["train"]["per_device_train_batch_size"] *= 2
-    alone = fl.run(config | {"output_dir": str(tmp_path / "alone")})
+    alone = fl.run(config | {"output_dir": str(tmp_path / "apart")})
     ours, other = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", alone.path))
     for name, W in ours.items():  # the rows of a step are the same, and added up in another order
         torch.testing.assert_close(W, other[name], atol=2e-4, rtol=0)
@@ -221,15 +249,38 @@ def test_a_gate_in_two_processes(small_run, tmp_path):
     assert alone["gate"] == metrics["gate"] and alone["probes"] == metrics["probes"]
 
 
-def test_processes_that_hold_different_models_commit_nothing(small_run, tmp_path):
-    config = small_run("seqft", tasks=("colour",))
+APART = """
+import os, sys
+import torch
+from forgetless import cli
+from forgetless.methods.seqft import SeqFT
+
+def model_apart(self, model, task, memory):
+    with torch.no_grad():
+        next(model.parameters()).add_(float(os.environ["RANK"]))
+    return model
+
+def memory_apart(self, model, task, memory):
+    memory.put("seqft", {{"of": torch.full((2,), float(os.environ["RANK"]))}})
+    return model
+
+for SeqFT.end_task, path in zip((model_apart, memory_apart), {paths!r}):
+    sys.argv = ["forgetless", "run", "--progress", "none", path]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code == 1
+"""
+
+
+def test_processes_that_hold_different_models_or_memories_commit_nothing(small_run, tmp_path):
+    """A routed set's model is the same in every process, come what may: what was learned is in its memory."""
+    runs = [small_run("seqft", tasks=("colour",), output_dir=str(tmp_path / name)) for name in ("model", "memory")]
+    paths = [tmp_path / "model.yaml", tmp_path / "memory.yaml"]
+    for config, path in zip(runs, paths, strict=True):
+        path.write_text(json.dumps(config))
     script = tmp_path / "apart.py"
-    script.write_text(
-        "import os, sys, torch\nfrom forgetless import cli\nfrom forgetless.methods.seqft import SeqFT\n"
-        "def end(self, model, task, memory):\n"
-        "    with torch.no_grad():\n        next(model.parameters()).add_(float(os.environ['RANK']))\n    return model\n"
-        f"SeqFT.end_task = end\nsys.argv = ['forgetless', 'run', '--progress', 'none', {config_file(config, tmp_path)!r}]\ncli.main()\n"
-    )
+    script.write_text(APART.format(paths=[str(path) for path in paths]))
     ended = torchrun(str(script), timeout=120)
-    assert ended.returncode != 0 and "different models" in ended.stderr
-    assert not (Path(config["output_dir"]) / "current").exists()
+    assert ended.returncode == 0 and "different models" in ended.stderr and "different memories" in ended.stderr, ended.stderr[-2000:]
+    assert not any((Path(config["output_dir"]) / "current").exists() for config in runs)

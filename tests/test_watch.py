@@ -232,6 +232,6 @@ def test_a_watch_set_joining_a_run_is_refused(watched, tmp_path):
 def test_doctor_reads_the_watch_sets_too(here, forgetless_):
     status, out, _ = forgetless_("doctor", "first.yaml", "--json")
     assert status == 0 and json.loads(out)["watch"] == [{"name": "mood", "rows": 12}, {"name": "notes", "rows": 6}]
-    assert "watch   notes: 6 rows" in forgetless_("doctor", "first.yaml")[1]
+    assert "watch      notes: 6 rows" in forgetless_("doctor", "first.yaml")[1]
     status, _, err = forgetless_("doctor", "first.yaml", "watch.0.data=nowhere.jsonl")
     assert status == 4 and "task 'mood': no such data file: nowhere.jsonl" in err

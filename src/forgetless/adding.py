@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .loop import Result
 
 # what may change from one task to the next without making earlier scores incomparable
-OF_THE_RUN = ("gate", "probes", "keep", "checkpoint_every")
+OF_THE_RUN = ("gate", "probes", "keep", "checkpoint_every", "report_to")
 
 
 def add(
@@ -26,7 +26,7 @@ def add(
 ) -> Result:
     """Learn the task `name` from the rows of `data` on top of the run in `run_dir`.
 
-    options: key=value on the new task's own keys (format=..., labels=..., train.max_steps=...) and on gate, probes, keep and checkpoint_every of the run. A task or watch
+    options: key=value on the new task's own keys (format=..., labels=..., train.max_steps=...) and on gate, probes, keep, checkpoint_every, report_to. A task or watch
     set whose rows are gone, or are others by now, is not measured, and said so. discard: take tasks that run.yaml names and nobody has learned out of it.
     Every file of the run is checked before. Raises ConfigError, DataError (exit 4) where a file of the run is damaged, GateRejected.
     """

@@ -16,21 +16,26 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .errors import ConfigError
 from .files import sync_tree, write_atomic
 
 
 class Checkpoints:
-    """Of one task, in `folder`, every `every` steps (None: none are made; one that is there is gone on from). key: what must be the same for that."""
+    """Of one task, in `folder`, every `every` steps (None: none are made; one that is there is gone on from). key: what must be the same for that.
 
-    def __init__(self, folder: Path, every: int | None, key: dict[str, Any]):
-        self.folder, self.every, self.key = folder, every, key | {"world_size": distributed.world_size()}
+    shared: the model is sharded, and its checkpoints hold whole tensors, from which any number of processes goes on.
+    """
+
+    def __init__(self, folder: Path, every: int | None, key: dict[str, Any], shared: bool = False):
+        self.folder, self.every = folder, every
+        self.key = key | ({"shared": True} if shared else {"world_size": distributed.world_size()})
         self.path = distributed.on_main(self._latest)
-        self.found: dict[str, Any] = json.loads((self.path / "forgetless.json").read_text()) if self.path else {}
+        self.found: dict[str, Any] = json.loads((self.path / "forgetless.json").read_text(encoding="utf-8")) if self.path else {}
 
     def _latest(self) -> Path | None:
         for path in _newest_first(self.folder):
             stamp = path / "forgetless.json"
-            if stamp.is_file() and json.loads(stamp.read_text())["key"] == self.key:
+            if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["key"] == self.key:
                 return path
         for path in _newest_first(self.folder):  # of another attempt, with other settings; what a method has put beside them goes by its own names
             shutil.rmtree(path)
@@ -45,6 +50,18 @@ class Checkpoints:
     def trained(self) -> bool:
         """Was the checkpoint the last step's? Then only what comes after training is left."""
         return self.found.get("trained", False)
+
+    def batch(self, train: dict[str, Any]) -> dict[str, Any]:
+        """The config's section `train` for as many processes as there are now: a step's rows are those that it had when the checkpoint was made."""
+        before, now, key = self.found.get("processes"), distributed.world_size(), "per_device_train_batch_size"
+        if before in (None, now):
+            return train
+        rows = train.get(key, 8) * before
+        if rows % now:
+            raise ConfigError(
+                f"{self.path}: {before} processes took {rows} rows a step, which {now} cannot share evenly; go on with a number of processes that divides {rows}"
+            )
+        return train | {key: rows // now}
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -66,7 +83,8 @@ class Checkpoints:
             path = self.folder / f"checkpoint-{step}"
             torch.save(method_state, path / "method.pt")
             sync_tree(path)
-            write_atomic(path / "forgetless.json", json.dumps({"key": self.key, "step": step, "trained": trained, "log": log, "seconds": seconds}))
+            stamp = {"key": self.key, "processes": distributed.world_size(), "step": step, "trained": trained, "log": log, "seconds": seconds}
+            write_atomic(path / "forgetless.json", json.dumps(stamp))
             for old in _newest_first(self.folder):
                 if old != path:
                     shutil.rmtree(old)

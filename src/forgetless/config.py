@@ -19,12 +19,13 @@ from .errors import ConfigError, nearest
 OWN_TRAIN_KEYS = {
     "output_dir": "use output_dir at the top level", "seed": "use seed at the top level", "data_seed": "use seed at the top level",
     "save_strategy": "take it out, a task is saved when it ends", "eval_strategy": "use the section evaluate", "optim": "use the section method",
-    "report_to": "take it out, losses are in timing.jsonl", "remove_unused_columns": "take it out", "push_to_hub": "take it out, nothing leaves this machine",
+    "report_to": "use report_to at the top level", "remove_unused_columns": "take it out", "push_to_hub": "take it out, nothing leaves this machine",
     "label_smoothing_factor": "take it out, the loss is the answer tokens' cross-entropy", "optim_target_modules": "use the method's module options",
     "fp16": "use bf16 (fp16 scales gradients, which methods read)",
     "save_steps": "use checkpoint_every at the top level", "save_total_limit": "take it out, the last complete checkpoint is kept",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"), "take it out, the model is trained as it is"),
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "take it out, several processes train by data parallelism"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config"), "take it out; several processes hold a model each, or share one by sharding: fsdp2 at the top level"),
+    "deepspeed": "take it out; several processes share a model by sharding: fsdp2 at the top level",
     **dict.fromkeys(("accelerator_config", "average_tokens_across_devices"), "take it out, a step is the mean over the answer tokens of all processes"),
     **dict.fromkeys(("eval_on_start", "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval",
                      "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_eval", "do_predict"), "use the section evaluate"),
@@ -312,6 +313,10 @@ class RunConfig(_Model):
     """Model versions kept: all, `last N`, or `tagged`. What is needed to go on is always kept."""
     store: Literal["nothing", "prompts", "rows"] = "rows"
     """What the run folder may hold of the data: nothing, the prompts, or whole rows."""
+    sharding: Literal["fsdp2"] | None = None
+    """Several processes share the weights, gradients and optimizer's state while a task trains (torch's fully_shard), where each would hold all. One alone trains as without."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Where the numbers of the run go while it goes; one name or several. Needs the package of that name."""
     seed: int = Field(0, ge=0, le=4_000_000)  # times 1000 plus the task's number must fit numpy's 32 bits
     output_dir: str = Field(min_length=1)
 
@@ -338,6 +343,13 @@ class RunConfig(_Model):
         if method.name not in REGISTRY and ":" not in method.name:  # module:Class is a method of the user's own
             raise ValueError(f"there is no method '{method.name}'{nearest(method.name, REGISTRY)}")
         return method
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """One name, a list of them, or none; transformers' own word for none is "none"."""
+        names = [] if value in (None, "none") else [value] if isinstance(value, str) else value
+        return list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
 
     @field_validator("keep")
     @classmethod

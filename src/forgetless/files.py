@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what trying in another way would not help
 Manifest = dict[str, dict[str, Any]]  # path below a folder -> {"sha256", "bytes"}
 
 
@@ -36,10 +39,15 @@ def lines_of(text: str) -> list[str]:
     return io.StringIO(text, newline="\n").readlines()
 
 
+def write(path: Path, text: str) -> None:
+    """UTF-8, no newline translated: the bytes that are hashed are those of the text, on every system."""
+    path.write_bytes(text.encode("utf-8"))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
+    with temporary.open("w", encoding="utf-8", newline="\n") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -48,7 +56,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    """A file's bytes, or a folder's names, to the disk. Windows opens no folder: there names are left to the file system's journal."""
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what may be written to
     try:
         os.fsync(fd)
     finally:
@@ -66,6 +77,16 @@ def manifest(folder: Path) -> Manifest:
     """Every file below `folder`, by its path there."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {p.relative_to(folder).as_posix(): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        shutil.copyfile(source, target)
 
 
 def link_unchanged(folder: Path, files: Manifest, earlier: Path, earlier_files: Manifest) -> None:

@@ -141,16 +141,17 @@ def give_back(method: Method, state: dict[str, Tensor]) -> None:
 # -- while it trains ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_penalty(method: Method, model: nn.Module) -> None:
-    """Add the gradient of the method's penalty to those that the loop has made: once a step, as large as it is in our own Trainer over all micro-batches."""
+def add_penalty(method: Method, model: nn.Module) -> Tensor | None:
+    """Add the gradient of the method's penalty to those that the loop has made: once a step, as large as it is in our own Trainer over all micro-batches. Returns it."""
     with torch.enable_grad():
         penalty = method.extra_loss(model, {}, None)
         if penalty is None:
-            return
+            return None
         learning = [p for p in model.parameters() if p.requires_grad]
         for p, g in zip(learning, torch.autograd.grad(penalty, learning, allow_unused=True), strict=True):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad.add_(g)
+    return penalty.detach()
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def verify(run_dir: str | Path) -> dict[str, Any]:
     watched = next((line["watch_scores_sha256"] for line in reversed(lines) if "watch_scores_sha256" in line), None)
     if watched and text_sha256(read(folder.path / "watch_scores.json")) != watched:
         damage.append("watch_scores.json: is not what was written before the first task")
-    if done and (not (folder.path / "model").is_dir() or (folder.path / "model").resolve() != (folder.path / "tasks" / done[-1] / "model").resolve()):
+    if done and not folder.model_is_current():
         damage.append("model: does not point to the current task's model; the next command that writes to the run mends it")
     return found
 

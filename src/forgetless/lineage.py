@@ -18,14 +18,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ConfigError, DataError, nearest
-from .files import Manifest, canonical, file_sha256, lines_of, link_unchanged, manifest, read, sync, sync_tree, text_sha256, write_atomic
+from .files import (
+    FULL,
+    Manifest,
+    canonical,
+    file_sha256,
+    lines_of,
+    link_or_copy,
+    link_unchanged,
+    manifest,
+    read,
+    sync,
+    sync_tree,
+    text_sha256,
+    write,
+    write_atomic,
+)
 from .lock import FolderLock
 from .methods.base import Memory
 from .state import folder_sha256, load_memory, model_sha256, save_memory
 
+# where the file system has no links to folders: of which task's model `model` is a copy
+COPY_OF = ".model_of"
 FILES = {"run.yaml", "lineage.jsonl", "timing.jsonl", "matrix.json",
          "report.html", "report.md", "card.md", "tasks", "rejected", "current", "model", "before.json", "watch.json", "watch_scores.json",
-         "tags.json", "relearning.json", "general.json", ".lock"}  # fmt: skip
+         "tags.json", "relearning.json", "general.json", "tracking.json", "tensorboard", ".lock", COPY_OF}  # fmt: skip
 TRAINING = ".training"  # tasks/.NN-name.training: checkpoints of the task in progress
 GONE = "model.gone"  # in a task's folder: its model was let go on purpose
 SETTINGS = "task.json"  # in a task's folder: its entry in the config
@@ -61,7 +78,7 @@ class RunFolder:
         # beside a run of ours anything may lie: only tasks/, rejected/ and model are ever cleaned
         foreign = [] if ours else [name for name in entries if name not in FILES | TEMPORARY]
         foreign += [f"tasks/{p.name}" for p in sorted(tasks.iterdir()) if not re.match(r"\.?\d\d+-", p.name)] if tasks.is_dir() else []
-        if (model := self.path / "model").exists() and not model.is_symlink():
+        if (model := self.path / "model").exists() and not model.is_symlink() and not (self.path / COPY_OF).is_file():
             if "current" in entries and not foreign:
                 raise ConfigError(f"output_dir {self.path}: model is not the link to the current task's model; move it away, the link comes back")
             foreign.append("model")
@@ -202,7 +219,7 @@ class RunFolder:
                 elif (folder / GONE).exists() and (folder / "model").exists():
                     shutil.rmtree(folder / "model")
         for name in TEMPORARY - {".report.html.tmp", ".relearning.json.tmp"}:  # written by whoever looks, without the lock
-            (self.path / name).unlink(missing_ok=True)
+            _remove(self.path / name)
         self._point_model()
         self.restore_timing()
 
@@ -245,22 +262,22 @@ class RunFolder:
         model.save_pretrained(work / "model")
         tokenizer.save_pretrained(work / "model")
         save_memory(work / "state", memory, recorded)
-        (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        (work / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions), encoding="utf-8")
+        write(work / "metrics.json", json.dumps(metrics, indent=1))
+        write(work / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
         files = manifest(work)
         if self.current:
             earlier = self.path / "tasks" / self.current
             link_unchanged(work, files, earlier, read_manifest(earlier))
-        (work / "files.json").write_text(text := json.dumps({"version": 1, "files": files, SETTINGS: settings is not None}, indent=1, sort_keys=True))
+        write(work / "files.json", text := json.dumps({"version": 1, "files": files, SETTINGS: settings is not None}, indent=1, sort_keys=True))
         line = {"kind": kind, "index": index, "task": task, **({"folder": folder} if again else {}), **entry}
         line |= {"state_sha256": folder_sha256(work / "state"), "model_sha256": model_sha256(model), "files_sha256": text_sha256(text)}
         line = _chained(line, previous)
-        (work / "line.json").write_text(canonical(line), encoding="utf-8")
+        write(work / "line.json", canonical(line))
         if (
             settings is not None
         ):  # so that the config of a branch that was left can be told, when a rollback leads to it again; paths in it are of this machine,
             # so it has a hash of its own and none in the lineage
-            (work / SETTINGS).write_text(canonical({"settings": settings, "sha256": text_sha256(canonical(settings))}), encoding="utf-8")
+            write(work / SETTINGS, canonical({"settings": settings, "sha256": text_sha256(canonical(settings))}))
         sync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
@@ -268,7 +285,7 @@ class RunFolder:
         return line
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.path / "lineage.jsonl").open("a", encoding="utf-8") as f:
+        with (self.path / "lineage.jsonl").open("a", encoding="utf-8", newline="\n") as f:
             f.write(canonical(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -327,18 +344,35 @@ class RunFolder:
         kept = {t: f for t, f in self.tags().items() if f != folder} if tag is None else self.tags() | {tag: folder}
         write_atomic(self.path / "tags.json", json.dumps(kept, indent=1, sort_keys=True))
 
+    def model_is_current(self) -> bool:
+        """Is `model` the link to the current task's model, or the copy of it?"""
+        link, target = self.path / "model", Path("tasks") / self.current / "model"
+        if link.is_symlink():
+            return link.readlink() == target and link.is_dir()
+        return link.is_dir() and read(self.path / COPY_OF) == target.as_posix()
+
     def _point_model(self) -> None:
-        link = self.path / "model"
+        link, copy_of, temporary = self.path / "model", self.path / COPY_OF, self.path / ".model"
+        target = Path("tasks") / self.current / "model"
+        if self.current and self.model_is_current():
+            return
+        if copy_of.is_file() and not link.is_symlink():  # ours to replace
+            shutil.rmtree(link, ignore_errors=True)
         if not self.current:
             link.unlink(missing_ok=True)
             return
-        target = Path("tasks") / self.current / "model"
-        if link.is_symlink() and link.readlink() == target:
-            return
-        temporary = self.path / ".model"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
+        _remove(temporary)
+        try:
+            temporary.symlink_to(target, target_is_directory=True)
+        except OSError as error:  # Windows allows them to developers alone, some file systems to nobody
+            if error.errno in FULL:
+                raise
+            write_atomic(copy_of, "")  # while it says nothing the copy is made again
+            shutil.copytree(self.path / target, temporary, copy_function=link_or_copy)
+        if link.is_symlink() and (os.name == "nt" or not temporary.is_symlink()):
+            link.unlink()  # which a rename would not replace
         temporary.replace(link)
+        copy_of.unlink(missing_ok=True) if link.is_symlink() else write_atomic(copy_of, target.as_posix())
         sync(self.path)  # before `keep` lets go the model it led to
 
     def going(self, keep: str) -> list[Path]:
@@ -385,7 +419,7 @@ class RunFolder:
     def metrics(self, name: str, room: str = "tasks") -> dict[str, Any]:
         file = self.path / room / name / "metrics.json"
         try:
-            return json.loads(file.read_text())
+            return json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             raise self._damaged(f"{file.relative_to(self.path)} is not valid JSON") from None
 
@@ -405,7 +439,7 @@ class RunFolder:
         events = [{"event": "step", **place, **step} for step in metrics["steps"]] + [{"event": "task", **place, **seconds, **metrics["protection"]}]
         file = self.path / "timing.jsonl"
         torn = file.is_file() and not file.read_bytes().endswith(b"\n")
-        with file.open("a") as f:
+        with file.open("a", encoding="utf-8", newline="\n") as f:
             f.write("\n" * torn + "".join(json.dumps(event) + "\n" for event in events))
 
     def restore_timing(self) -> None:
@@ -530,6 +564,14 @@ def _chained(line: dict[str, Any], previous: list[dict[str, Any]]) -> dict[str, 
 def _rollback_line(lines: list[dict[str, Any]], to: str) -> dict[str, Any]:
     target = next(x for x in lines if x["kind"] == "task" and folder_of(x) == to)
     return _chained({"kind": "rollback", "index": target["index"], "task": target["task"], "to": to}, lines)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import ConfigError
+
+try:
+    import fcntl
+
+    def lock(file: IO[str]) -> None:
+        """The system's lock on the file, which goes with the process. Raises OSError: EWOULDBLOCK or EACCES where another process has it."""
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def lock(file: IO[str]) -> None:
+        """Of a byte far behind the text: one that is locked cannot be read there."""
+        file.seek(1 << 30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a file system that cannot lock, as some network ones
 
@@ -25,7 +40,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / ".lock"
-        self._file = self.path.open("a+")
+        self._file = self.path.open("a+", encoding="utf-8")
         try:
             self._take()
         except BaseException:
@@ -37,7 +52,7 @@ class FolderLock:
 
     def _take(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
             if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
                 return
         except FileNotFoundError:
@@ -71,7 +86,7 @@ class FolderLock:
 def holder(path: Path) -> dict[str, Any] | None:
     """Who wrote the lock file last, None where nobody is named."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {"pid": int(found["pid"]), "host": str(found["host"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -81,7 +96,7 @@ def alive(found: dict[str, Any] | None) -> bool:
     """May the process that a lock names still run? Of another machine nobody can tell, so yes."""
     if found is None:
         return False
-    if found["host"] != socket.gethostname():
+    if found["host"] != socket.gethostname() or os.name == "nt":  # there os.kill(pid, 0) would be a Ctrl-C, and the lock itself tells
         return True
     try:
         os.kill(found["pid"], 0)

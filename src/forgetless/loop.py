@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from . import bits, distributed, models
+from . import bits, distributed, models, shared_model
 from .batches import check_packing
 from .checkpoint import Checkpoints
 from .config import RunConfig, load_config
@@ -56,8 +56,9 @@ from .record import (
     write_config,
     write_matrix,
 )
-from .state import model_sha256
+from .state import model_sha256, tensors_sha256
 from .tasks import Known, TaskStream, load_stream
+from .tracking import Tracker, check_installed, tracked
 from .trainer import train_task, training_arguments
 
 
@@ -93,14 +94,16 @@ def run(
     method = get(config.method.name, **config.method.options)
     config = resolve(config, method, training_arguments(config.train, config.seed, config.output_dir))
     check_store(config, method)
+    shared_model.check(config, method)
+    check_installed(config)
     for task in config.tasks:
         training_arguments(config.train | task.train, config.seed, config.output_dir)
     stream = load_stream(config, learned)
     for warning in stream.warnings(config.evaluate.split):
         progress.say(f"warning: {warning}")
-    with opened(config, stream) as (folder, done), general.around(folder, config, progress):
+    with opened(config, stream) as (folder, done), tracked(folder, config, progress) as tracker, general.around(folder, config, progress):
         try:
-            held = learn(folder, config, stream, method, done, progress) if len(done) < len(stream) else ""
+            held = learn(folder, config, stream, method, done, progress, tracker) if len(done) < len(stream) else ""
         except GateRejected:
             distributed.on_main(lambda: write_matrix(folder, measured(config, stream)))
             raise
@@ -110,7 +113,7 @@ def run(
         return Result(folder.path, matrices, len(done), watched(folder, [task.name for task in stream.watch]), verdicts, held)
 
 
-def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress) -> str:
+def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Method, done: list[str], progress: Progress, tracker: Tracker) -> str:
     """Every task of the stream that is not committed yet. Returns why it ended before the last one (gate.on_undecided: hold), "" where it did not."""
     gate = Gate(config, folder, stream, progress)
     model, tokenizer, memory = start(folder, config, stream, method, gate, done, progress)
@@ -126,9 +129,8 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         ahead = distributed.on_main(partial(forecast, model, tokenizer, stream, index, folder, config, method, memory, progress)) if gate.on else None
 
         # prepare (or go on from a checkpoint), train, consolidate
-        checkpoints = Checkpoints(
-            folder.training(index, task.name), config.checkpoint_every, checkpoint_key(folder, gate.attempt(task, index), memory)
-        )
+        key = checkpoint_key(folder, gate.attempt(task, index), memory)
+        checkpoints = Checkpoints(folder.training(index, task.name), config.checkpoint_every, key, shared=bool(config.sharding))
         method.scratch = checkpoints.folder / "scratch" if config.checkpoint_every else None
         if checkpoints.step:
             progress.say(f"{task.name}: goes on from step {checkpoints.step}")
@@ -138,10 +140,11 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             with full_precision():
                 model = method.begin_task(model, task, memory)
         rows = method.train_data(task, memory)
-        train = method.settings(config.train | config.tasks[index].train, index)
+        train = method.settings(checkpoints.batch(config.train | config.tasks[index].train), index)
         options = (config.precision, config.packing, config.quantize, config.optimizer_state)
         probe = Probe.of(config, tokenizer, stream, index, method, train, gate, progress)
-        trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options, probe)
+        tracker.begin(index, checkpoints.log)
+        trained = train_task(model, tokenizer, task, method, rows, train, seed, progress, checkpoints, *options, probe, tracker, config.sharding)
         with trained.whole:  # what is quantised is whole again, once moments and copies have made room for it
             leak = weight_leak(trained.optimizer, trained.start, len(trained.steps))
             state_bytes = trained.state_bytes()
@@ -157,8 +160,9 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         seen = len(stream) if config.evaluate.unseen else index + 1
         row = evaluate(model, tokenizer, stream, seen, config, trained.autocast, progress, method, memory)
         score = partial(answers, model, tokenizer, config, trained.autocast, progress, method, memory)
-        if distributed.world_size() > 1 and distributed.differ(model_sha256(model)):
-            raise ForgetlessError(f"task '{task.name}': the processes hold different models after training; nothing was committed")
+        for what, digest in (("models", partial(model_sha256, model)), ("memories", partial(tensors_sha256, memory.tensors))):
+            if distributed.world_size() > 1 and distributed.differ(digest()):  # of a routed set the memory is what was learned
+                raise ForgetlessError(f"task '{task.name}': the processes hold different {what} after training; nothing was committed")
         drift = drift_kl.measure(model, tokenizer, task, folder, config, trained.autocast, progress, method, memory).noted() if gate.on else None
         judged = gate.judge(index, row.predictions, score, drift and drift["kl"])
         further = gate.further(task, row.predictions, judged, score)
@@ -176,14 +180,16 @@ def learn(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
             put = folder.reject if gate.keeps_aside(judged) else folder.commit
             put(*content, config.keep, config.tasks[index].model_dump())
             checkpoints.drop()
+            matrices = {}
             if not gate.keeps_aside(judged):
                 seconds = {"train_seconds": trained_at - begun + checkpoints.seconds, "eval_seconds": time.perf_counter() - trained_at}
                 seconds |= {"train_cpu_seconds": cpu} if not checkpoints.seconds else {}  # of the processes before this one nobody knows
                 folder.note_task(metrics, seconds | {"peak_bytes": peak_bytes()}, folder.current)
-                write_matrix(folder, measured(config, stream))
+                matrices = write_matrix(folder, measured(config, stream))
                 progress.say(f"committed {index + 1}/{len(stream)} {task.name}: {row.summary()}")
                 for why in gate.doubts(metrics):
                     progress.say(f"warning: gate undecided: {why}")
+            tracker.end(metrics, matrices)
         distributed.barrier()
         if gate.keeps_aside(judged):
             return gate.stop(folder.lineage()[-1])

@@ -151,7 +151,9 @@ def _bundled(key: str) -> Path:
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{key}-"))
     try:
         _dequantise(gguf, work)
-        (work / "forgetless.json").write_text(json.dumps({"source_sha256": source, "model_sha256": _file_sha256(work / "model.safetensors")}))
+        (work / "forgetless.json").write_text(
+            json.dumps({"source_sha256": source, "model_sha256": _file_sha256(work / "model.safetensors")}), encoding="utf-8"
+        )
         if _complete(target):
             return target  # another process was faster, and made the same bytes
         shutil.rmtree(target, ignore_errors=True)  # only a damaged or half-made one can be there
@@ -167,7 +169,7 @@ def _bundled(key: str) -> Path:
 
 def _complete(folder: Path) -> bool:
     stamp = folder / "forgetless.json"
-    return stamp.is_file() and json.loads(stamp.read_text())["model_sha256"] == _file_sha256(folder / "model.safetensors")
+    return stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["model_sha256"] == _file_sha256(folder / "model.safetensors")
 
 
 def _dequantise(gguf: Path, out: Path) -> None:

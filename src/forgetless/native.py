@@ -78,7 +78,7 @@ def _compile(compiler: list[str], source: bytes, built: Path) -> None:
 def _processor() -> str:
     """What -march=native depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features"))

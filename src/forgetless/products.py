@@ -28,7 +28,7 @@ def prefers_onednn() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return False
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     except OSError:
         return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,7 +214,7 @@ def watched(folder: RunFolder, names: list[str]) -> dict[str, dict[str, list[flo
 
 def _read_json(folder: RunFolder, name: str) -> Any:
     file = folder.path / name
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 # -- is this the same run? -------------------------------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
     Of the watch sets this is the config; their rows are in the lineage, as those of the tasks are.
     """
-    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every", "gate", "probes")}
+    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every", "gate", "probes", "report_to", "sharding")}
 
 
 def resolve(config: RunConfig, method: Method, args) -> RunConfig:
@@ -314,4 +313,10 @@ def peak_bytes() -> int:
 
 def resident_bytes() -> int:
     """The most memory this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # which accelerate needs
+
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

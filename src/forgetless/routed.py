@@ -102,7 +102,7 @@ def export_routed(run: str | Path, out: str | Path) -> Path:
         raise ConfigError(f"{run}: not the folder of a run that has learned a task; there is nothing to export")
     if out.exists():
         raise ConfigError(f"{out}: exists already; name another folder. Nothing was touched")
-    committed = run / "tasks" / (run / "current").read_text().strip()
+    committed = run / "tasks" / (run / "current").read_text(encoding="utf-8").strip()
     found = RoutedSet.of(load_memory(committed / "state"))
     work = out.with_name(f".{out.name}.tmp")
     try:
@@ -112,12 +112,12 @@ def export_routed(run: str | Path, out: str | Path) -> Path:
         for name, increment in zip(folder_names(found.info["tasks"]), found.increments, strict=True):
             folder = work / "adapters" / name
             folder.mkdir(parents=True)
-            (folder / "adapter_config.json").write_text(json.dumps(found.info["adapter"], sort_keys=True))
+            (folder / "adapter_config.json").write_text(json.dumps(found.info["adapter"], sort_keys=True), encoding="utf-8")
             tensors = {f"base_model.model.{key}.weight": tensor for key, tensor in increment.items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         router = {key: tensor for key, tensor in found.router.tensors().items() if key != "R"}  # R is for learning more
         save_file(router, work / "router.safetensors")
-        (work / "routed.json").write_text(json.dumps(found.info, indent=1))
+        (work / "routed.json").write_text(json.dumps(found.info, indent=1), encoding="utf-8")
         work.replace(out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
@@ -132,7 +132,7 @@ def load_routed(folder: str | Path, dtype: torch.dtype | str = torch.float32) ->
 
     folder = Path(folder)
     try:
-        info = json.loads((folder / "routed.json").read_text())
+        info = json.loads((folder / "routed.json").read_text(encoding="utf-8"))
         router = ROUTERS[info["router"]].of(load_file(folder / "router.safetensors"))
         increments = []
         for name in folder_names(info["tasks"]):

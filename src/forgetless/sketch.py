@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .products import product
+from .sharding import ALONE, laid_out
 from .subspace import working_dtype
 
 
@@ -29,16 +30,17 @@ class Sketch:
         self.add(Y, float(norm) * scale)
 
     def probe(self, G: Tensor) -> tuple[Tensor, Tensor]:
-        """(Omega G, ||G||) for G (m, n): all that `add` needs of it. Linear in G until the next `add`."""
-        m = G.shape[0]
+        """(Omega G, ||G||) for G (m, n), which may be spread over processes: all that `add` needs of it. Linear in G until the next `add`."""
+        G, rows, columns = laid_out(G)
+        m = rows.shape(G)[0]
         G = G.to(working_dtype(G.dtype))
         if m <= self.probes:
-            Y = G
+            Y = rows.whole(G)
         else:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.updates) % 2**63)
             omega = torch.randn(self.probes, m, generator=generator).to(G.device, G.dtype)
-            Y = product(omega, G)
-        return Y, torch.linalg.vector_norm(G)
+            Y = rows.sum(product(rows.own(omega.mT).mT, G))
+        return columns.whole(Y.mT).mT, (columns if rows is ALONE else rows).norm(G)
 
     def norm(self, Y: Tensor, m: int) -> Tensor:
         """||G|| of G (m, n) as its probes Y have it, with an error of some per cent; exact where they are G itself."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
+from .files import link_or_copy, write
 from .methods.base import Memory
 
 VERSION = 1  # 0: before there was a version
@@ -26,13 +26,13 @@ def save_memory(folder: Path, memory: Memory, recorded: dict[str, Tensor]) -> No
     from safetensors.torch import save_file
 
     save_file({k: v.contiguous() for k, v in memory.tensors.items()}, folder / "method.safetensors")
-    (folder / "method.json").write_text(json.dumps(memory.info, sort_keys=True))
-    (folder / "version.json").write_text(json.dumps({"version": VERSION}))
+    write(folder / "method.json", json.dumps(memory.info, sort_keys=True))
+    write(folder / "version.json", json.dumps({"version": VERSION}))
     if "adapter_config" in memory.info:  # the same tensors under the name PEFT looks for
-        (folder / "adapter_config.json").write_text(json.dumps(memory.info["adapter_config"], sort_keys=True))
+        write(folder / "adapter_config.json", json.dumps(memory.info["adapter_config"], sort_keys=True))
         adapter = {k: v.contiguous() for k, v in memory.tensors.items() if k.startswith("base_model.model.")}
         if len(adapter) == len(memory.tensors):
-            os.link(folder / "method.safetensors", folder / "adapter_model.safetensors")
+            link_or_copy(folder / "method.safetensors", folder / "adapter_model.safetensors")
         else:  # what else a method keeps is not PEFT's to read
             save_file(adapter, folder / "adapter_model.safetensors")
     if recorded:
@@ -51,7 +51,7 @@ def load_memory(folder: str | Path) -> Memory:
         raise DataError(f"{folder}: state of version {version}, which a later forgetless wrote; this one reads up to {VERSION}. Upgrade forgetless")
     # clone: safetensors leaves a tensor at any address of its file, and by a matrix's address modulo 64 a product may round otherwise than in the process that made it
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / "method.safetensors").items()}
-    memory = Memory(tensors, json.loads((folder / "method.json").read_text()))
+    memory = Memory(tensors, json.loads((folder / "method.json").read_text(encoding="utf-8")))
     for old in range(version, VERSION):
         memory = MIGRATIONS[old](memory)
     return memory
@@ -59,13 +59,17 @@ def load_memory(folder: str | Path) -> Memory:
 
 def state_version(folder: Path) -> int:
     file = folder / "version.json"
-    return json.loads(file.read_text())["version"] if file.is_file() else 0
+    return json.loads(file.read_text(encoding="utf-8"))["version"] if file.is_file() else 0
 
 
 def model_sha256(model: nn.Module) -> str:
     """sha256 over (name, dtype, shape, raw bytes) of the sorted state dict, a tied tensor once."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     digest, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue

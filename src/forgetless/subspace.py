@@ -3,6 +3,8 @@
 Convention: a weight is W (out x in), y = W x. A subspace of the input side is an orthonormal basis V (in x k); a set of
 gradients is a matrix whose ROWS live in that space, so G (out x in) has its input-side energy in ||G V||^2. GORP's space S
 (arXiv 2507.02503, eq. 5-8), OSFT's U_h and V_h (arXiv 2504.07097, eq. 3) and GaLore's projector are all built from these.
+
+Of a matrix that lies spread over processes each passes its own rows, or columns, and a Rows that says so (sharding.py); every process must call.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .fake import is_fake
 from .products import add_product_, product
+from .sharding import ALONE, Rows
 
 TOLERANCE = 1e-5  # directions below this fraction of the largest singular value are noise in fp32
 TOLERANCE_FP64 = 1e-12
@@ -59,24 +62,24 @@ def project_out(A: Tensor, V: Tensor | None) -> Tensor:
     return A - product(product(A, V), V.mT)
 
 
-def project_out_(A: Tensor, V: Tensor | None) -> Tensor:
-    """project_out in place, and with a second pass only if the first took nine tenths of A or more.
+def project_out_(A: Tensor, V: Tensor | None, columns: Rows = ALONE) -> Tensor:
+    """project_out in place, and with a second pass only if the first took nine tenths of A or more. columns: how A's, and V's rows, are spread.
 
     One pass leaves about eps ||A||, which is eps to 10 eps of what is left. ("Twice is enough", and once is where the norm holds: Giraud et al. 2005.)
     No temporary of A's size is written, which is what a step waits for where several processes share a machine's memory.
     """
     if V is None or V.shape[1] == 0:
         return A
-    Y = product(A, V)
+    Y = columns.sum(product(A, V))
     # elsewhere than on a CPU the question would cost more than the answer: a wait for the device
-    once = A.device.type == "cpu" and bool(torch.linalg.vector_norm(Y) ** 2 < 0.99 * torch.linalg.vector_norm(A) ** 2)
+    once = A.device.type == "cpu" and bool(torch.linalg.vector_norm(Y) ** 2 < 0.99 * columns.norm(A) ** 2)
     add_product_(A, Y, V.mT, alpha=-1)
-    return A if once else add_product_(A, product(A, V), V.mT, alpha=-1)
+    return A if once else add_product_(A, columns.sum(product(A, V)), V.mT, alpha=-1)
 
 
-def _less(Y: Tensor, V: Tensor | None) -> Tensor:
+def _less(Y: Tensor, V: Tensor | None, rows: Rows = ALONE) -> Tensor:
     """Y (n, l) without its part in span(V), V (n, k): Y - V V^T Y, once, which leaves eps * ||Y|| of it."""
-    return Y if V is None or V.shape[1] == 0 else Y - product(V, product(V.mT, Y))
+    return Y if V is None or V.shape[1] == 0 else Y - product(V, rows.sum(product(V.mT, Y)))
 
 
 def complement(V: Tensor) -> Tensor:
@@ -84,56 +87,62 @@ def complement(V: Tensor) -> Tensor:
     return torch.linalg.qr(V, mode="complete")[0][:, V.shape[1] :].contiguous()
 
 
-def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
+def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tensor | None = None, rows: Rows = ALONE) -> Tensor:
     """Orthonormal basis (n, k') of span(A) within the complement of `against`; A (n, k), against (n, b) orthonormal.
 
     Directions weaker than tolerance * scale are dropped (scale: the largest singular value of A by default), so a rank-deficient A gives fewer columns and a
     zero A none. Without the drop and the second projection, QR fills null directions with arbitrary vectors, also inside `against` (measured: a leak of 0.38).
     """
-    n = A.shape[0]
+    n = rows.shape(A)[0]
     b = 0 if against is None else against.shape[1]
     if A.shape[1] == 0 or b >= n:
-        return A.new_zeros(n, 0)
+        return A.new_zeros(len(A), 0)
     if is_fake(A):
         return A.new_empty(n, min(A.shape[1], n - b))
     if scale is None:
-        scale = torch.linalg.matrix_norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
-    P = _less(A, against)
-    Q, R = torch.linalg.qr(P)
+        scale = rows.norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
+    P = _less(A, against, rows)
+    Q, R = rows.qr(P)
     U, s, Vh = torch.linalg.svd(R)
     r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small
     # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
     Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
     if r and b:  # twice: with scale 0 a column may be what rounding left of one inside `against`
-        Q = _less(_less(Q, against), against)
-    return _qr(Q) if r else Q.contiguous()
+        Q = _less(_less(Q, against, rows), against, rows)
+    return _qr(Q, rows) if r else Q.contiguous()
 
 
-def renewed(Q: Tensor, against: Tensor | None = None) -> Tensor:
+def renewed(Q: Tensor, against: Tensor | None = None, rows: Rows = ALONE) -> Tensor:
     """Q (n, k), whose columns are orthonormal and off `against` but for rounding, made so to the last digit; with fewer columns only where that was not so."""
-    P = _less(Q, against)
-    if P is not Q and bool(torch.linalg.vector_norm(P, dim=0).min() < 0.5):
-        return orthonormalize(Q, against)
-    return _qr(P)
+    P = _less(Q, against, rows)
+    if P is not Q and bool(rows.sum(torch.linalg.vector_norm(P, dim=0) ** 2).min() < 0.25):
+        return orthonormalize(Q, against, rows=rows)
+    return _qr(P, rows)
 
 
-def _qr(A: Tensor) -> Tensor:
+def _qr(A: Tensor, rows: Rows = ALONE) -> Tensor:
     """Orthonormal factor of A (n, k), full rank, with the signs of A's columns."""
-    Q, R = torch.linalg.qr(A)
+    Q, R = rows.qr(A)
     return (Q * R.diagonal().sign()).contiguous()
 
 
 def top_subspace(
-    A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2, off: Tensor | None = None
-) -> Subspace:
+    A: Tensor, k: int | None = None, method: str = "gram", start: Tensor | None = None, iterations: int = 2, off: Tensor | None = None,
+    rows: Rows = ALONE, columns: Rows = ALONE,
+) -> Subspace:  # fmt: skip
     """The k leading right singular directions of A (m, n), or of A (I - V V^T) for V = `off`, strongest first, with energy = squared singular values.
 
     method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
     `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only),
     `symmetric` (A is the Gram matrix (n, n) of the rows that are meant, already off `off`).
     Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
+    rows, columns: how A is spread over processes. `power` exchanges matrices as thin as `start`; the exact methods gather A.
     """
-    m, n = A.shape
+    if method in ("svd", "gram") and (rows is not ALONE or columns is not ALONE):
+        A, off = columns.whole(rows.whole(A).mT).mT, None if off is None else columns.whole(off)
+        found = top_subspace(A, k, method, off=off)
+        return Subspace(columns.own(found.basis).contiguous(), found.energy)
+    m, n = rows.shape(A)[0], columns.shape(A.mT)[0]
     k = min(m, n) if k is None else min(k, m, n)
     if method in ("svd", "gram"):
         A = project_out(A, off)
@@ -142,12 +151,13 @@ def top_subspace(
             raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
         Q = start
         for i in range(iterations):
-            U = product(A, Q)  # (m, l)
-            U = torch.linalg.qr(U)[0] if i == iterations - 1 else U
-            Q = _less(product(A.mT, U), off)  # (n, l); once is enough: what is left of `off` would only be found a little less well
-            Q = torch.linalg.qr(Q)[0] if i < iterations - 1 else Q
+            U = columns.sum(product(A, Q))  # (m, l)
+            U = rows.qr(U)[0] if i == iterations - 1 else U
+            Q = rows.sum(product(A.mT, U))  # (n, l)
+            Q = _less(Q, off, columns)  # once is enough: what is left of `off` would only be found a little less well
+            Q = columns.qr(Q)[0] if i < iterations - 1 else Q
         # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
-        lam, P = torch.linalg.eigh((Q.mT @ Q).double())
+        lam, P = torch.linalg.eigh(columns.sum(Q.mT @ Q).double())
         lam, P = lam.flip(0), P.flip(1)
         V, energy = (Q.double() @ P) / lam.clamp_min(torch.finfo(lam.dtype).tiny).sqrt(), lam
     elif method == "svd":
@@ -176,7 +186,7 @@ def top_subspace(
     V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
     energy = energy[: V.shape[1]]
     if method != "svd" and V.shape[1]:
-        V = torch.linalg.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
+        V = columns.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
     # clone: a slice would keep the whole factor alive, and is column-major
     return Subspace(V.to(A.dtype).contiguous().clone(), energy.to(A.dtype).clone())
 
@@ -232,13 +242,13 @@ def extend(
     return Subspace(basis.contiguous().clone(), weights.to(A.dtype)), evicted
 
 
-def rotate_moments(M: Tensor, v: Tensor, Q_old: Tensor, Q_new: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's moments (out, r_old) carried from basis Q_old (n, r_old) to Q_new (n, r_new): O = Q_old^T Q_new.
+def rotate_moments(M: Tensor, v: Tensor, Q_old: Tensor, Q_new: Tensor, columns: Rows = ALONE) -> tuple[Tensor, Tensor]:
+    """Adam's moments (out, r_old) carried from basis Q_old (n, r_old) to Q_new (n, r_new): O = Q_old^T Q_new. columns: how the rows of both bases are spread.
 
     M <- M O. v <- v (O o O) + rowmean(v) (1 - column sums of O o O): a direction new to the basis gets the row's mean second moment; with v = 0 there its
     first steps would be 2-6 times too long.
     """
-    O = Q_old.mT @ Q_new  # (r_old, r_new)
+    O = columns.sum(Q_old.mT @ Q_new)  # (r_old, r_new)
     O2 = O * O
     fresh = (1 - O2.sum(0)).clamp(0, 1)  # (r_new,)
     return (M @ O).contiguous(), (v @ O2 + v.mean(1, keepdim=True) * fresh).contiguous()
@@ -415,6 +425,8 @@ class Constraint:
     since projecting onto one breaks the other. Raises ValueError for shapes or combinations that mean nothing.
     """
 
+    rows: Rows = ALONE  # how those of dW are spread over processes
+
     def __init__(
         self, inputs: Tensor | Subspace | None = None, outputs: Tensor | Subspace | None = None, forbid: str = "either", mask: Tensor | None = None
     ):
@@ -443,7 +455,8 @@ class Constraint:
     @property
     def full(self) -> bool:
         """Is nothing permitted? (What a projection leaves then is rounding, which Adam would divide by itself.)"""
-        full = [V is not None and V.shape[1] == V.shape[0] for V in (self.inputs, self.outputs)]
+        sides = ((self.inputs, ALONE), (self.outputs, self.rows))
+        full = [V is not None and V.shape[1] == rows.shape(V)[0] for V, rows in sides]
         return all(full) if self.forbid == "both" else any(full)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Constraint:
@@ -454,7 +467,15 @@ class Constraint:
         moved = object.__new__(Constraint)
         moved.forbid, moved.mask = self.forbid, None if self.mask is None else self.mask.to(device)
         moved.inputs, moved.outputs = (None if V is None else V.to(device, dtype) for V in (self.inputs, self.outputs))
+        moved.rows = self.rows
         return moved
+
+    def spread(self, rows: Rows) -> Constraint:
+        """The same constraint for who holds some rows of a weight only: its bases are views of this one's."""
+        part = object.__new__(Constraint)
+        part.forbid, part.inputs, part.rows = self.forbid, self.inputs, rows
+        part.outputs, part.mask = (None if t is None else rows.own(t) for t in (self.outputs, self.mask))
+        return part
 
     @property
     def transposed(self) -> Constraint:
@@ -475,25 +496,26 @@ class Constraint:
         U, V = self.outputs, self.inputs
         if self.forbid == "both":
             for _ in range(2):
-                D.sub_(U @ ((U.mT @ D @ V) @ V.mT))
+                D.sub_(U @ (self.rows.sum(U.mT @ D @ V) @ V.mT))
             return D
         project_out_(D, V)
-        project_out_(D.mT, U)
+        project_out_(D.mT, U, self.rows)
         return D
 
     def forbidden_norm(self, D: Tensor) -> float:
         """||the part of D that must not be there||, through the small products and in D's precision: in fp32 what is below 1e-7 ||D|| is round-off."""
         if self.mask is not None:
-            return float(D[~self.mask].double().norm())
+            return float(self.rows.norm(D[~self.mask].double()))
         U, V = (None if B is None else B.to(D) for B in (self.outputs, self.inputs))
         if self.forbid == "both":
-            return float(product(product(U.mT, D), V).double().norm())
+            return float(self.rows.sum(product(product(U.mT, D), V)).double().norm())
         inside = product(D, V) if V is not None and V.shape[1] else D.new_zeros(D.shape[0], 0)
         outside = D.new_zeros(0, D.shape[1])
         if U is not None and U.shape[1]:
             outside = product(U.mT, D)
             outside = outside - product(product(U.mT, inside), V.mT) if inside.shape[1] else outside
-        return float(torch.stack([inside.double().norm(), outside.double().norm()]).norm())
+            outside = self.rows.sum(outside)
+        return float(torch.stack([self.rows.norm(inside.double()), outside.double().norm()]).norm())
 
 
 def leak(D: Tensor, constraint: Constraint) -> float:

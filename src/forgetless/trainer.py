@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed, native
+from . import distributed, native, shared_model
 from .batches import IGNORED, Collate, Encoded, answer_loss
 from .checkpoint import Checkpoints
 from .errors import ConfigError, Diverged, nearest
@@ -26,7 +26,9 @@ from .optim import SubspaceAdamW, coordinates
 from .probes import Probe
 from .progress import Progress
 from .quantised import quantised
+from .sharding import is_sharded, local
 from .tasks import Task
+from .tracking import Tracker
 
 # gentle defaults for one task of a stream; anything in `train:` overrides them
 DEFAULTS = {
@@ -74,7 +76,10 @@ def check_launcher() -> None:
     """Raises ConfigError where accelerate's configuration asks for what forgetless does not train under."""
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
-            raise ConfigError(f"accelerate's configuration sets {name}={os.environ[name]}, which forgetless does not train under; launch without it")
+            raise ConfigError(
+                f"accelerate's configuration sets {name}={os.environ[name]}, which forgetless does not train under; launch without it "
+                "(forgetless run: several processes share a model by sharding: fsdp2)"
+            )
 
 
 def _try_schedule(args) -> None:
@@ -91,13 +96,13 @@ def _try_schedule(args) -> None:
 def bf16_pays(use_cpu: bool = False) -> bool:
     """bf16 autocast where the hardware has the instructions (on a CPU with AVX512-BF16 a training step takes about half as long)."""
     if torch.cuda.is_available() and not use_cpu:
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # before compute capability 8.0 it is emulated, slower than fp32
+    return "avx512_bf16" in _cpu_flags() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cpu_flags() -> str:
     try:
-        with open("/proc/cpuinfo") as f:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
             return next((line for line in f if line.startswith("flags")), "")
     except OSError:
         return ""
@@ -124,17 +129,22 @@ class TrainResult:
 def train_task(
     model: nn.Module, tokenizer, task: Task, method: Method, rows: list, train: dict[str, Any], seed: int, progress: Progress,
     checkpoints: Checkpoints | None = None, precision: str = "fp32_master", packing: bool = False, quantize: str | None = None, optimizer_state: str = "fp32",
-    probe: Probe | None = None,
+    probe: Probe | None = None, tracker: Tracker | None = None, sharding: str | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place on `rows`, from the checkpoint where there is one. Raises Diverged, naming task and step, when the loss stops being finite.
 
-    probe: looks at the model before the first step and after each, and may end the task early.
+    probe: looks at the model before the first step and after each, and may end the task early. tracker: is told of each step. sharding: the
+    processes share the model while it trains (shared_model.py).
     """
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(contextlib.ExitStack())
         every = checkpoints.every if checkpoints else None
         scratch = str(checkpoints.folder) if every else stack.enter_context(tempfile.TemporaryDirectory(prefix="forgetless-"))
         args = training_arguments(train, seed, scratch, every)
+        given, shared = model, None
+        if sharding and distributed.world_size() > 1:
+            shared = shared_model.Shared(model, args.device.type)
+            model = shared.model
         optimizer = prepare(model, method, args, seed, precision, optimizer_state)
         if quantize:
             whole.callback(unfreeze, model)
@@ -151,7 +161,7 @@ def train_task(
         if args.use_cpu and eager_pays(longest, args.per_device_train_batch_size, packing):
             model.set_attn_implementation("eager")
         log = checkpoints.log if checkpoints else []
-        trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints, probe)
+        trainer = make_trainer(model, task, method, data, Collate(model, packing), args, optimizer, log, progress, checkpoints, probe, tracker)
         progress.stage(f"{task.name}: training", args.max_steps if args.max_steps > 0 else _steps(an_epoch, args))
         try:
             if checkpoints and checkpoints.trained:  # the Trainer would take a step more
@@ -172,13 +182,17 @@ def train_task(
             raise Diverged(
                 f"task '{task.name}', step {len(log)}: the weights are no longer finite. The last committed task is kept. {advice(args.learning_rate)}"
             )
-        unfreeze(model)
+        if shared:
+            shared.give_back()
+        unfreeze(given)
         return TrainResult(optimizer, start, log, bool(args.bf16), whole.pop_all())
 
 
 def finite(optimizer: torch.optim.Optimizer) -> bool:
     """Is every number of what it trains one?"""
-    return all(bool(torch.isfinite(p).all()) for group in optimizer.param_groups for p in group["params"])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = all(bool(torch.isfinite(local(p.detach())).all()) for p in params)
+    return all(distributed.gathered([own])) if any(map(is_sharded, params)) else own
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -238,14 +252,17 @@ def check_state(optimizer: torch.optim.Optimizer, optimizer_state: str, method: 
 
 def make_trainer(
     model: nn.Module, task: Task, method: Method, data: Encoded, collate: Collate, args, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]],
-    progress: Progress, checkpoints: Checkpoints | None, probe: Probe | None = None,
+    progress: Progress, checkpoints: Checkpoints | None, probe: Probe | None = None, tracker: Tracker | None = None,
 ):  # fmt: skip
     """A Trainer that asks the method, logs every step into `log`, and stops at a loss that is no number."""
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
+    from .foreign import add_penalty
+
     begun = time.perf_counter() - (checkpoints.seconds if checkpoints else 0.0)
+    sharded = any(is_sharded(p) for p in model.parameters())
 
     class Hooks(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
@@ -254,6 +271,8 @@ def make_trainer(
                 probe.before(model, log)
 
         def on_pre_optimizer_step(self, args, state, control, **_):
+            if sharded and (penalty := add_penalty(method, model)) is not None:
+                trainer.micro_losses.append(float(penalty))
             method.on_step(model)
             self.rate = optimizer.param_groups[0]["lr"]  # at a step's end the schedule has moved on
             optimizer.track_leak = (state.global_step + 1) % 10 == 0 or state.global_step + 1 == state.max_steps
@@ -264,6 +283,8 @@ def make_trainer(
             entry = {"step": state.global_step, "loss": loss, "learning_rate": self.rate, "update_leak": getattr(optimizer, "update_leak", None)}
             captured = {key: value for key in ("captured", "captured_of_best") if (value := getattr(optimizer, key, None)) is not None}
             log.append(entry | captured)
+            if tracker:
+                tracker.log_step(log[-1])
             progress.advance(state.global_step, f"loss {loss:.3f}")
             if probe and probe.after_step(model, log):
                 control.should_training_stop = True
@@ -294,7 +315,8 @@ def make_trainer(
                 method.batch_share = (
                     float(own / num_items_in_batch) * parts * (self.args.world_size if self.args.average_tokens_across_devices else 1)
                 )
-            extra = method.extra_loss(model, inputs, outputs)
+            # a penalty on weights that are sharded is taken once a step, when they and their gradients are at rest
+            extra = None if sharded else method.extra_loss(model, inputs, outputs)
             if extra is not None:
                 loss = loss + (extra if num_items_in_batch is None else extra / self.current_gradient_accumulation_steps)
             return (loss, outputs) if return_outputs else loss
@@ -310,7 +332,7 @@ def make_trainer(
             self.micro_losses.append(value)
             return loss
 
-    trainer = TaskTrainer(
+    trainer = (shared_model.trainer_class(TaskTrainer) if sharded else TaskTrainer)(
         model=model,
         args=args,
         train_dataset=data,

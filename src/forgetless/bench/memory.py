@@ -86,7 +86,7 @@ def peaks(key: dict[str, Any], name: str, settings: dict[str, Any], device: str)
 def resident(which: str) -> int:
     """Bytes this process holds (VmRSS) or has held at most (VmHWM), where the system says so; else the most it has held."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
     except (OSError, StopIteration):
         return resident_bytes()

@@ -247,7 +247,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 8_000_000_000
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

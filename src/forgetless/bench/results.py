@@ -28,7 +28,7 @@ def device_name(device: torch.device) -> str:
 
 def cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -71,7 +71,7 @@ class Results:
         self.cells: list[dict[str, Any]] = []
         if path.is_file():
             try:
-                self.cells = json.loads(path.read_text())["cells"]
+                self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{path} holds no cells of a benchmark; move it away, or name another --out") from None
 

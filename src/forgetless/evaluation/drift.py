@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..batches import Collate, forward
 from ..models import linear_modules, logical
 from ..optim import coordinates
+from ..sharding import ALONE, local
 from ..subspace import coverage
 from ..tasks import Task
 
@@ -94,14 +95,15 @@ def weight_leak(optimizer: torch.optim.Optimizer, start: dict[Tensor, Tensor], s
         if not coordinates.protects(group):
             continue
         for p in group["params"]:
-            worst = worse(worst, leak_of(group, optimizer.state.get(p, {}).get("master", p.detach()), start[p], steps))
+            W = optimizer.state.get(p, {}).get("master", local(p.detach()))
+            worst = worse(worst, leak_of(coordinates.part(group, p), W, local(start[p]), steps))
     return worst
 
 
 def leak_of(group: dict[str, Any], W: Tensor, start: Tensor, steps: int) -> dict[str, Any] | None:
     """{"leak", "bound", "name"} of one weight of a parameter group, as weight_leak has them; None where it has not moved."""
     D = W.double() - start.double()
-    size = float(D.norm())
+    size = float(group.get("rows", ALONE).norm(D))
     if size == 0:
         return None
     bound = leak_bound(group, W, size, steps)
@@ -117,6 +119,7 @@ def worse(one: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str,
 
 def leak_bound(group: dict[str, Any], W: Tensor, size: float, steps: int) -> float:
     """The largest ||forbidden part|| that round-off explains after `steps` steps that moved W, of the parameter group `group`, by `size`."""
-    share = coordinates.closed_share(group, W.shape)
+    rows = group.get("rows", ALONE)
+    share = coordinates.closed_share(group, rows.shape(W))
     relative, unit = (1e-10, 2.0**-53) if W.dtype == torch.float64 else (1e-5, 2.0**-24)
-    return relative * size + unit * math.sqrt(steps * share) * float(W.double().norm())
+    return relative * size + unit * math.sqrt(steps * share) * float(rows.norm(W.double()))

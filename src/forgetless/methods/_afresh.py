@@ -14,6 +14,9 @@ from .beside import Beside
 class Afresh(Beside):
     def check(self, model: nn.Module) -> None:
         self.refuse(self.several, "what it leaves of each task is not in one model's weights")
+        for part in self.inner():
+            if needs_a_past(part):
+                self.refuse((part.name,), "it acts by what earlier tasks have left, and here every task begins anew")
         super().check(model)
 
     several: tuple[str, ...] = ()  # methods it cannot go beside
@@ -39,6 +42,14 @@ class Afresh(Beside):
         if self.untouched is not None and self.place(task):  # the first task finds it as it is
             take(model, self.untouched())
         return model
+
+
+def needs_a_past(method: Method) -> bool:
+    """Does it do nothing, or harm, in a task that knows of no earlier one?"""
+    o: Any = method.options
+    return (
+        method.name in ("ewc", "merge") or (method.name == "lwf" and not o.first_task) or (method.name == "replay" and o.mode != "self_synthesised")
+    )
 
 
 @torch.no_grad()

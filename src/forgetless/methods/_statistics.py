@@ -128,7 +128,10 @@ def fisher(
 
 def spaces_report(spaces: dict[str, Subspace]) -> dict[str, Any] | None:
     """What Method.report says of one protected space a module."""
-    bases = [space.basis for space in spaces.values()]
+    return bases_report([space.basis for space in spaces.values()])
+
+
+def bases_report(bases: list[Tensor]) -> dict[str, Any] | None:
     if not bases:
         return None
     ranks = [V.shape[1] for V in bases]

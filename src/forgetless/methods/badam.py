@@ -7,7 +7,7 @@ A number that earlier tasks have made sure of (a small sigma) moves little. Noth
 One adapter goes on through all tasks, as with `lora`: one that is merged and drawn anew has no posterior to carry on. Each commit holds mu, as PEFT reads it, and sigma.
 eta is train.learning_rate / sigma_0^2, so that the rate means what it means elsewhere.
 
-The steps were checked against a public implementation and Bayesian gradient descent's (arXiv 1803.10123), not against the paper's text. That code takes ten draws a batch and
+Read of the paper: not its text; the steps were checked against a public implementation and Bayesian gradient descent's (arXiv 1803.10123). That code takes ten draws a batch and
 goes on with Adam's moments from task to task; here a step has one draw, for all its micro-batches and processes, because it has one forward pass. Both sum the gradient
 over what the batch holds before sigma sees it: there over images, here over answer tokens. Clipping (train.max_grad_norm) comes before both.
 
@@ -40,7 +40,7 @@ class BAdam(LoRA):
     summary = "one adapter whose numbers are Gaussians; what a task has made sure of moves little in the next"
     paper = "arXiv 2309.08546"
     extra_forward = "draws the weights of each step"
-    bytes_a_task = "none; sigma of every number of the adapter"
+    bytes_a_task = "none; A and B of every adapted layer, and sigma of each of their numbers"
     Options = BAdamOptions
 
     trained: Any = None  # the optimizer of the task in progress

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, nearest
 from ..progress import Progress
-from ..subspace import Subspace
+from ..subspace import Subspace, working_dtype
 
 if TYPE_CHECKING:
     from ..batches import Encodable
@@ -74,7 +74,7 @@ class Method:
     stores = "nothing"  # of a task's data: nothing | prompts | rows. A run whose `store` allows less is refused
     needs_models = False  # does it answer with models of earlier tasks, which `keep` must not let go?
     needs_task_id = False  # must it be told which task a row belongs to when it answers?
-    extra_forward = ""  # what it computes beside a plain training step and the end of a task, in a few words
+    extra_forward = ""  # what it computes on rows beside a plain training step, before and after a task too, in a few words
     bytes_a_task = (
         "none"  # what its memory grows by with every task, in a few words; what it holds whatever the number of tasks comes after a semicolon
     )
@@ -209,6 +209,8 @@ def clip_factor(gradients: list[Tensor], max_norm: float | None, norms: list[Ten
     """min(1, max_norm / global norm): how much clipping would shrink these gradients, and others of which only the norms are left."""
     if not max_norm or not (gradients or norms):
         return 1.0
-    norms = [*(n.float() for n in norms), *(torch._foreach_norm([g.float() for g in gradients]) if gradients else ())]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    exact = [t.to(working_dtype(t.dtype)) for t in gradients]
+    norms = [*norms, *(torch._foreach_norm(exact) if exact else ())]
+    dtype = torch.promote_types(norms[0].dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms])))
     return min(1.0, max_norm / (norm + 1e-6))

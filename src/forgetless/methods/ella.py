@@ -7,7 +7,7 @@ o is the product entry by entry. An entry is shrunk the more, the farther earlie
 shrinkage. Kept: W_past (out x in) of each adapted layer, whatever the number of tasks. dW_t is formed for one layer at a time, its gradients for A and B with it,
 and let go. The first task has no penalty.
 
-The paper's value of the weight could not be looked up; the default is ours. Entries of W_past of about 1e-3, as adapters leave them in a language model, are 1e-6 when
+Read of the paper: its penalty, not the value of its weight; the default is ours. Entries of W_past of about 1e-3, as adapters leave them in a language model, are 1e-6 when
 squared, so it has to be large: on SmolLM2-135M after 20 steps at a rate of 1e-3, the penalty of a dW_t = W_past pulls as hard as the loss does at 7e3.
 
 When not to use it: where W_past, as large as the adapted weights, is too much to keep (olora keeps r rows a task, inclora nothing); where a bound is wanted
@@ -32,7 +32,8 @@ from .inclora import IncLoRA
 
 class ELLAOptions(LoraOptions):
     strength: float = Field(1e4, ge=0, allow_inf_nan=False)
-    """Weight of the penalty, the paper's lambda. It goes with the fourth power of the updates' size: where rates are ten times as high, far less of it is needed."""
+    """Weight of the penalty, the paper's lambda. Ours and tuned on nothing: the paper's value was not at hand. It goes with the fourth power of the updates' size: where
+    rates are ten times as high, far less of it is needed."""
 
 
 class ELLA(IncLoRA):

@@ -8,8 +8,8 @@
 s / 2 is what the loss rises by to second order when a weight alone becomes 0, with F in place of the curvature; in flat directions it is small, and training for flatness
 makes more of them. Kept: which weights are free (a byte a weight). After t tasks of share prune each, prune^t of the weights are left to the next.
 
-What is the paper's: its abstract names these parts (sharpness-informed directional pruning without retraining, an "intelligent data selection" of the rows that matter
-for the loss landscape). Its equations could not be read, so s, the choice of rows (the error norm of Paul et al. 2021, arXiv 2107.07075) and the numbers below are ours.
+Read of the paper: its abstract, which names these parts (sharpness-informed directional pruning without retraining, an "intelligent data selection" of the rows that
+matter for the loss landscape), not its equations. So s, the choice of rows (the error norm of Paul et al. 2021, arXiv 2107.07075) and the numbers below are ours.
 So is the step of sharpness: SAM's second pass a step is saved by taking g of the step before, which is the direction as of one step ago.
 
 When not to use it: where the pretrained model's own skills matter: the first task trains every weight of the layers and prunes some of what the model already knew with them;
@@ -19,6 +19,7 @@ for long streams with a small `prune`; where the model must not be sparse.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,7 +125,9 @@ class EsaCL(OverLayers):
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         o, layers = self.options, self.layers(model)
         self.step_back(model)
-        rows = critical(model, encoded(self.tokenizer, task, o.rows), o.critical)
+        rows = encoded(self.tokenizer, task, o.rows)
+        self.progress.stage(f"{task.name}: which rows it errs on", len(rows))
+        rows = critical(model, rows, o.critical, self.progress.advance)
         self.progress.stage(f"{task.name}: how much each weight is needed", len(rows))
         with torch.enable_grad():
             F = fisher(model, rows, [f"{name}.weight" for name in layers], self.progress, answers="given")
@@ -159,8 +162,8 @@ def least(s: Tensor, free: Tensor | None, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def critical(model: nn.Module, rows: list[Row], share: float) -> list[Row]:
-    """The share of `rows`, at least one, that the model errs on most: ||softmax(z) - y|| over the answer's tokens. In their order."""
+def critical(model: nn.Module, rows: list[Row], share: float, advance: Callable[[int], None] | None = None) -> list[Row]:
+    """The share of `rows`, at least one, that the model errs on most: ||softmax(z) - y|| over the answer's tokens. In their order. advance(done) after each row."""
     was_training = model.training
     model.eval()
     errors = []
@@ -170,6 +173,8 @@ def critical(model: nn.Module, rows: list[Row], share: float) -> list[Row]:
         p = logits[known].to(working_dtype(logits.dtype)).softmax(-1)
         p[torch.arange(len(p)), target[known]] -= 1
         errors.append(float((p.double() ** 2).sum()))
+        if advance:
+            advance(len(errors))
     model.train(was_training)
     chosen = sorted(range(len(rows)), key=lambda i: -errors[i])[: max(1, int(share * len(rows)))]
     return [rows[i] for i in sorted(chosen)]

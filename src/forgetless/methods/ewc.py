@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from ..quantised import QuantisedLinear
+from ..sharding import ALONE, local, rows_of
 from ..subspace import working_dtype
 from ._statistics import current, encoded, fisher, readers, trained_names
 from .base import Memory
@@ -39,7 +40,8 @@ from .beside import Beside, BesideOptions, add
 
 class EWCOptions(BesideOptions):
     strength: float = Field(400.0, ge=0)
-    """lambda (the paper's Atari runs: 400). It multiplies what hangs on the model and on the length of the answers, so it has to be found on dev rows."""
+    """lambda. 400 is that of the paper's Atari runs, and tuned on nothing here. It multiplies what hangs on the model and on the length of the answers, so it has to be
+    found on dev rows."""
     form: Literal["full", "online"] = "full"
     """full: every task's weights are returned to, as in the paper. online: only the last ones, and the importance of earlier tasks fades by gamma."""
     gamma: float = Field(0.95, ge=0, le=1)
@@ -71,11 +73,13 @@ class EWC(Beside):
         self.held: dict[str, tuple[Tensor, Tensor]] = {}  # name of a weight: S and c, as it is stored
         self.constant = 0.0  # K
         self.readers: dict[str, Callable[[], Tensor]] | None = None
+        self.rows = ALONE  # of a sharded model: over which processes those of its weights are
 
     # -- a task ----------------------------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
         self.refuse((), "it leaves several models, and the penalty is on the weights of one", "routed")
+        self.refuse(("mtl",), "it learns all tasks anew from the untouched model, and the penalty would hold it to where they were learned before")
         super().check(model)
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
@@ -101,6 +105,10 @@ class EWC(Beside):
             if any(isinstance(module, QuantisedLinear) for module in model.modules()):
                 raise ConfigError(f"method {self.name}: quantize moves the very weights that the penalty holds where they were; take one of them out")
             self.readers = readers(model, self.held)
+            spread = {name: rows_of(p) for name, p in model.named_parameters() if name in self.held}
+            self.rows = next((rows for rows in spread.values() if rows is not ALONE), ALONE)
+            if self.rows is not ALONE:
+                self.held = {name: tuple(spread[name].own(t).clone() for t in pair) for name, pair in self.held.items()}
         if not self.held:
             return other
         device = next(iter(self.held.values()))[0].device.type
@@ -108,7 +116,9 @@ class EWC(Beside):
             terms = [
                 checkpoint(parabola, read, *self.held[name], use_reentrant=False, preserve_rng_state=False) for name, read in self.readers.items()
             ]
-            return add(self.options.strength / 2 * (torch.stack(terms).sum() + self.constant), other)
+            own = torch.stack(terms).sum()
+            total = own + (self.rows.sum(own.detach().clone()) - own.detach())  # the gradient is that of own rows
+            return add(self.options.strength / 2 * (total + self.constant), other)
 
     def end_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         names = trained_names(self.on.param_groups(model))
@@ -145,8 +155,8 @@ class EWC(Beside):
 
 
 def parabola(read: Callable[[], Tensor], S: Tensor, c: Tensor) -> Tensor:
-    """sum S (theta - c)^2 of one weight."""
-    return (S * (read().to(S.dtype) - c).square()).sum()
+    """sum S (theta - c)^2 of one weight, over the rows that are here."""
+    return (S * (local(read()).to(S.dtype) - c).square()).sum()
 
 
 def joined(S: Tensor, c: Tensor, F: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, float]:

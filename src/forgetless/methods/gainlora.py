@@ -14,8 +14,8 @@ work on new rows, as their gates say.
 Where we depart. The paper puts its gates on the branches of O-LoRA and InfLoRA; here a branch is plain LoRA. p_0 is brought to mean square 1 (ours): embeddings of many
 models are so small that every gate would begin near 0. G_3 begins as the leading direction of the new task's p_2 off M_3, as in the released code, so long that its
 product with p_2 is four times their cosine; that code divides by both lengths in every step, the paper by none, as here. It also brings each row of a G back to its
-length after every projection, which changes what G makes of old inputs; here it is not. Its share rises to 1 over 15 tasks, here it stays. (From the released trainer
-and others' readings of paper and code; of the paper's text the abstract was at hand.)
+length after every projection, which changes what G makes of old inputs; here it is not. Its share rises to 1 over 15 tasks, here it stays. Read of the
+paper: its abstract, others' readings of it, and the released trainer, not its text.
 
 Kept: A, B and G_1 ... G_3 of every task, M_1 ... M_3. model/ of each commit is the base model. At test time a row is answered alone, as no two have the same gates.
 

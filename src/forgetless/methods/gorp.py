@@ -29,6 +29,7 @@ from .. import distributed
 from ..adapters import LoraOptions, adapters, attach, detach, factors, family_modules, lora_layers
 from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
+from ..sharding import ALONE, is_sharded, laid_out, norms, spread_like, whole
 from ..sketch import Sketch
 from ..subspace import Constraint, Subspace, coverage, extend, project_out, working_dtype
 from ._statistics import spaces_report
@@ -265,7 +266,9 @@ class GORP(Method):
         gradients = self.gradients(model)
         self.order = self.order or {key: i for i, key in enumerate(gradients)}
         released = {key: self.seen[key] for key in self.order if key in self.seen}
-        factor = clip_factor(list(gradients.values()), self.max_grad_norm, [norm for _, norm in released.values()])
+        own = [laid_out(G) for G in gradients.values() if is_sharded(G)]
+        known = [*(norm for _, norm in released.values()), *norms([(columns if rows is ALONE else rows, G) for G, rows, columns in own])]
+        factor = clip_factor([G for G in gradients.values() if not is_sharded(G)], self.max_grad_norm, known)
         for key, (Y, norm) in released.items():
             self.sketch(key, Y.shape[1]).add(Y, float(norm) * factor)
         self.seen = {}
@@ -274,8 +277,10 @@ class GORP(Method):
                 self.sketch(key, G.shape[1]).update(G, factor)
             else:
                 if key not in self.statistics:
-                    self.statistics[key] = torch.zeros(G.shape, dtype=working_dtype(G.dtype), device=G.device)
-                M = self.statistics[key] = self.statistics[key].to(G.device)  # a resumed one comes from a file
+                    self.statistics[key] = torch.zeros_like(G, dtype=working_dtype(G.dtype), memory_format=torch.contiguous_format)
+                elif is_sharded(G) and not is_sharded(self.statistics[key]):  # a resumed one comes from a file, whole
+                    self.statistics[key] = spread_like(G, self.statistics[key].to(G.device))
+                M = self.statistics[key] = self.statistics[key].to(G.device)
                 M.lerp_(G.to(M.dtype) * factor, 0.1)  # Adam's first moment, beta1 = 0.9
 
     @torch.no_grad()
@@ -315,7 +320,7 @@ class GORP(Method):
             if isinstance(statistic, Sketch):
                 state.update({f"{key}:{part}": value for part, value in statistic.state_dict().items()})
             else:
-                state[key] = statistic
+                state[key] = whole(statistic)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -366,6 +371,7 @@ def _rows(statistic: Sketch | Tensor) -> tuple[Tensor, float]:
     if isinstance(statistic, Sketch):
         statistic.compress()
         return statistic.rows, float(statistic.total)
+    statistic = whole(statistic)
     return statistic, float((statistic.double() ** 2).sum())
 
 

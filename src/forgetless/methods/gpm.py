@@ -43,6 +43,7 @@ class GPM(OverLayers):
     summary = "gradient projection memory: updates stay off the inputs that layers had in earlier tasks"
     paper = "arXiv 2103.09762"
     constrained = True
+    extra_forward = "a pass over 300 rows, at a task's end"
     bytes_a_task = "a basis of every layer's new input directions: in numbers a direction"
     Options = GPMOptions
 

@@ -20,6 +20,7 @@ class IncLoRA(LoRA):
     name = "inclora"
     summary = "a new LoRA adapter a task, merged at its end"
     kind = "plain"
+    bytes_a_task = "none"
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         self.attach(model)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..adapters import ADAPTER, LoraOptions, adapters, detach, factors, lora_layers
 from ..models import logical
 from ..subspace import Constraint, Subspace, complement, extend, orthonormalize, project_out, tolerance, top_subspace
-from ._statistics import encoded
+from ._statistics import bases_report, encoded
 from .base import Memory
 from .inclora import IncLoRA
 
@@ -164,15 +164,9 @@ class InfLoRA(IncLoRA):
         return {name: space.basis for name, space in recalled(memory).items() if space.rank}
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
-        bases = self.protected_inputs(memory).values()
-        if not bases:
-            return None
-        ranks = [V.shape[1] for V in bases]
-        numbers = {"modules": len(ranks), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "evicted": 0}
-        return numbers | {
-            "share": sum(V.shape[1] / V.shape[0] for V in bases) / len(ranks),
-            "bytes": sum(t.nbytes for key, t in memory.tensors.items() if key.endswith(".basis")),
-        }
+        found = bases_report(list(self.protected_inputs(memory).values()))
+        kept = sum(t.nbytes for key, t in memory.tensors.items() if key.endswith(".basis"))  # the smaller half of each
+        return found and found | {"evicted": 0, "bytes": kept}
 
 
 def leading(H: Tensor, gram: bool, V: Tensor, rank: int) -> Tensor:

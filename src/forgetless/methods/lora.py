@@ -24,6 +24,7 @@ class LoRA(Method):
     summary = "sequential LoRA: one adapter through all tasks"
     paper = "arXiv 2106.09685"
     kind = "adapter"
+    bytes_a_task = "none; A and B of every adapted layer"
     Options = LoraOptions
 
     def check(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ since the task began, or with last and merged the earlier tasks would count agai
 
 Every rule has a running form, so nothing grows with the tasks: sums, counts and the largest entry so far (for ties the sums and counts of positive and of negative
 entries). What is kept, in numbers a weight that learns: nothing for average and ema from `merged`; otherwise theta_0, or the weights the last task ended with, for
-`start`; for magmax theta_0 and the largest entries; for ties theta_0, two sums and two counts of half the size.
+`start`; for magmax theta_0 and the largest entries; for ties theta_0, two sums and two counts of half the size; magmax and ties with start: last those weights too.
 
 Beside a constrained method, average, ema and arithmetic from `merged` scale each permitted change, which stays permitted; the others choose entry by entry or go back to
 earlier weights, and what was protected is then protected only while a task trains.
@@ -67,7 +67,7 @@ class Merge(After):
     name = "merge"
     summary = "beside another: the committed model is merged from the models of all tasks"
     paper = "arXiv 2407.06322"
-    bytes_a_task = "none; up to four numbers a weight that learns, by the rule"
+    bytes_a_task = "none; up to five numbers a weight that learns, by rule and start"
     constrained = property(lambda self: self.on.constrained and self.begins == "merged" and self.options.rule in ("average", "ema", "arithmetic"))
     Options = MergeOptions
 

@@ -30,8 +30,8 @@ from .inclora import IncLoRA
 
 class NLoRAOptions(LoraOptions):
     l1: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    """Weight of the sum of |B A| over all entries of all adapted layers. Ours, since the paper's values belong to another sum: a twentieth of the root mean square entry
-    (2e-3) of the loss's gradient on SmolLM2-135M."""
+    """Weight of the sum of |B A| over all entries of all adapted layers. Ours and tuned on nothing, since the paper's values belong to another sum: a twentieth of the
+    root mean square entry (2e-3) of the loss's gradient on SmolLM2-135M."""
 
 
 class NLoRA(IncLoRA):

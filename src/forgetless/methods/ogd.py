@@ -44,6 +44,7 @@ class OGD(Method):
     name = "ogd"
     summary = "orthogonal gradient descent: updates stay off the gradients of earlier tasks' answers"
     paper = "arXiv 1910.07104"
+    extra_forward = "20 rows forward and back, one by one, at a task's end"
     bytes_a_task = "gradients: samples numbers a trained weight"
     Options = OGDOptions
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoraOptions, adapters, detach, factors
 from ..batches import unwrapped
+from ..sharding import whole
 from .base import Memory
 from .inclora import IncLoRA
 
@@ -55,7 +56,7 @@ class OLoRA(IncLoRA):
     def extra_loss(self, model: nn.Module, inputs: dict[str, Tensor], outputs: Any) -> Tensor | None:
         o, terms = self.options, []
         for name, layer in adapters(unwrapped(model)).items():
-            A, B = factors(layer)
+            A, B = map(whole, factors(layer))
             if o.l1 and name in self.old:
                 with torch.autocast(A.device.type, enabled=False):
                     terms.append(o.l1 * (self.old[name] @ A.mT).abs().sum())

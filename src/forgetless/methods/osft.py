@@ -44,6 +44,7 @@ from ..models import logical, match_modules, stored_transposed
 from ..subspace import Constraint, Subspace, complement, orthonormalize, project_out, tolerance, top_subspace, working_dtype
 from ..subspace_linear import SubspaceLinear, attach, attached
 from ..tasks import sample
+from ._statistics import bases_report
 from .base import Memory, Method, Options
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class OSFT(Method):
     summary = "constrained full fine-tuning: updates stay off the leading singular directions of each weight"
     paper = "arXiv 2504.07097"
     constrained = True
+    extra_forward = "with protect: inputs or both, or frozen_ratio: adaptive: a pass over 200 rows, at a task's end"
     bytes_a_task = "none; directions of every layer, within max_share, with protect: inputs or both, or remember: union"
     Options = OSFTOptions
 
@@ -402,16 +404,12 @@ class OSFT(Method):
 
     def report(self, memory: Memory) -> dict[str, Any] | None:
         blocks = {name: part.constraint.inputs for name, part in self.parts.items() if part.constraint.forbid == "both"}
-        bases = blocks or self.protected_inputs(memory)
-        if not bases:
-            return None
-        ranks, dropped = [V.shape[1] for V in bases.values()], sum(part.dropped for part in self.parts.values())
-        share = sum(V.shape[1] / V.shape[0] for V in bases.values()) / len(bases)
+        found = bases_report(list((blocks or self.protected_inputs(memory)).values()))
         held = [
             B for part in self.parts.values() for B in (part.constraint.inputs, part.constraint.outputs, *(part.directions or ())) if B is not None
         ]
-        numbers = {"modules": len(bases), "rank_mean": sum(ranks) / len(ranks), "rank_max": max(ranks), "share": share, "evicted": dropped}
-        return numbers | {"bytes": sum(B.nbytes for B in held)}
+        dropped = sum(part.dropped for part in self.parts.values())
+        return found and found | {"evicted": dropped, "bytes": sum(B.nbytes for B in held)}
 
 
 def rows_of(space: Subspace) -> Tensor:

@@ -14,6 +14,8 @@ passes, none a second time before all have come once.
 At a task's end its rows join M: as many from each label (`choose: balanced`), or all alike with equal chance (`reservoir`; Vitter 1985), by a seeded key for each row,
 of which the smallest stay. Rows are kept as token ids with their own prompt. What a mode keeps is in `stores`; a run whose `store` allows less is refused.
 
+Read of On-Policy Replay's paper: its abstract and summaries of it, not its text.
+
 Where we depart: On-Policy Replay drops answers that a task's reward finds bad, which takes the true answers; here none are kept, so none is dropped. TRACE's released
 code replays a share of each past task and all of LIMA after each task; here the phase is as long as the other modes' share. LAMOL also trains on its tasks' prompts, so
 as to make up rows like theirs; here the tasks' loss is as it is, and what a model makes up, before the first task too, is what it would say by itself.
@@ -112,6 +114,8 @@ class Replay(Beside):
         self.refuse(
             ("prompt", "per_task"), "rows of earlier tasks are answered by what those tasks left, which training on them again does not change"
         )
+        if STORES[self.options.mode] != "nothing":
+            self.refuse(("mtl",), "it trains on every row of every task as it is")
         super().check(model)
         if self.options.mode == "self_synthesised" and is_seq2seq(model) and not self.options.seed_text:
             raise ConfigError(

@@ -13,8 +13,8 @@ Where we depart. Any-SSR: hidden states are normalised token by token (its code 
 only those above the router's, and features are always the base model's; the released code has no nonlinearity between x and M and, from the third task on, feeds the rows
 of all tasks so far into the recursion again, which counts old rows several times and needs them. SLM: x is ours, not a sentence encoder's, whole and not in
 groups; the keys are the centres of the task's x, found at the task's end, where SLM trains orthogonal vectors with a loss; weights are a softmax of the cosines; each row
-chooses for itself, where the released code averages the similarities of a batch, rows of one task, before it chooses. (Read from the released code; of the
-papers' text only the abstracts were at hand.)
+chooses for itself, where the released code averages the similarities of a batch, rows of one task, before it chooses. Read of the papers:
+their abstracts and the released code, not their text.
 
 Kept: A and B of every task; of the router E, M and R, or the keys. model/ of each commit is the base model; routed.py exports base, increments and router.
 

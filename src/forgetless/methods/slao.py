@@ -8,7 +8,8 @@ A_t and B_t are what task t left before merging, and the next task goes on from 
 are treated apart because they do different work in LoRA: A reads, B writes. 1 / sqrt(t) is the paper's, for updates of different tasks that are nearly orthogonal.
 Kept: A_t, B_t, B_merge, whatever the number of tasks. state/ holds the merged adapter as PEFT reads it, on the model before the first task.
 
-The first task's A is drawn as in LoRA (Kaiming), its B is 0. The model that is trained in task t is not the one that was served after task t - 1.
+The first task's A is drawn as in LoRA (Kaiming; ours), its B is 0. The model that is trained in task t is not the one that was served after task t - 1.
+Read of the paper: implementations of it, not its text.
 
 When not to use it: over few tasks that need their full update (the second is already scaled by 0.71); where later tasks need more room than one adapter has;
 with bf16 weights, where taking the old adapter out and putting the new one in rounds W_0 twice a task.

@@ -10,7 +10,7 @@ kept: g_hat = G / ||G||_1, G the mean over the task's steps of the gradient of A
 
 So a step costs one distance a layer however many tasks there are.
 
-What is the paper's, as far as it could be read (its abstract and summaries of it, not its text): the tree by L1 distance of gradient directions, one depth a layer, 64 for language
+Read of the paper: its abstract and summaries of it, not its text. By them the paper's: the tree by L1 distance of gradient directions, one depth a layer, 64 for language
 models; LCB with the 2; an L1 term lambda ||g_hat_n - g_hat_k||_1, lambda 0.5 in its scripts. What is ours: a node is split round its two farthest tasks (the released
 code's median of inner products cannot tell two equally strong groups apart); distances are halved, into [0, 1], the scale LCB's second term has; an inner node pools
 what its tasks have seen; the term's effect is to first order a pull along g_hat_k, and so it is added to the gradient; "sparse" is the adapter itself.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import ALONE, norms
 from . import coordinates
 
 EVERY = 10  # choices: then one tensor, each in its turn, is held against the best directions there are
@@ -21,8 +22,10 @@ class Captured:
 
     def note(self, group: dict[str, Any], updates: int, place: int, count: int, G: Tensor, R: Tensor) -> None:
         """R are the new coordinates of G. place, count: of the tensor among all that have a rank."""
-        energy, choice = torch.linalg.vector_norm(R).double() ** 2, updates // group["refresh_gap"]
-        self.shares.append(energy / torch.linalg.vector_norm(G).double() ** 2)
+        parts = [(coordinates.spread_state(group, "exp_avg"), R), (group.get("rows", ALONE), G)]
+        energy, whole = (norm.double() ** 2 for norm in norms(parts))
+        choice = updates // group["refresh_gap"]
+        self.shares.append(energy / whole)
         if choice % EVERY == 0 and choice // EVERY % count == place and (best := coordinates.best_energy(group, G).double()) > 0:
             self.of_best.append(energy / best)
 

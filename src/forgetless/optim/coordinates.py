@@ -9,6 +9,9 @@ P and Q are orthogonal to what the constraint protects on their side, so dW is, 
 
 Functions of a parameter group and of one tensor's state ("basis" is Q, "basis_left" P, and Adam's moments where they exist). The gradient is read with the
 side that Q reduces last, (m, n) below. The group's constraint and side speak of the weight as stored.
+
+Of a weight whose rows are spread over processes (`part`), all of these are called by every process, with its own rows of the gradient, of P and Q where they read that
+side, and of R where its rows come from that side; what they send is as thin as P and Q.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from ..fake import is_fake
 from ..products import product
+from ..sharding import ALONE, Rows, rows_of
 from ..subspace import orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
 from . import moments
 from .rounding import seeded
@@ -50,6 +54,37 @@ def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     return (left if group["side"] == "both" else None), right
 
 
+def part(group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """The group as it is for the own rows of p; the group itself where all are here. The bases are views of the group's."""
+    if (rows := rows_of(p)) is ALONE:
+        return group
+    own, constraint, directions = group | {"rows": rows}, group.get("constraint"), group.get("directions")
+    own["constraint"] = None if constraint is None else constraint.spread(rows)
+    own["directions"] = None if directions is None else (None if directions[0] is None else rows.own(directions[0]), directions[1])
+    return own
+
+
+def spread(group: dict[str, Any]) -> tuple[Rows, Rows]:
+    """How the rows (m) and columns (n) of a gradient as it is read are spread."""
+    rows = group.get("rows", ALONE)
+    return (ALONE, rows) if flipped(group) else (rows, ALONE)
+
+
+def spread_state(group: dict[str, Any], name: str) -> Rows:
+    """How the rows of R, and of the moments, are spread ("exp_avg" and "exp_avg_sq"), and those of any other tensor of the state."""
+    rows, columns = spread(group)
+    if name == "basis":
+        return columns
+    if name == "basis_left":
+        return rows
+    if name.startswith("exp_avg") and group["directions"] is not None:
+        P = group["directions"][0]
+        return group.get("rows", ALONE) if P is None else group.get("rows", ALONE).among(P.shape[1])
+    if name.startswith("exp_avg") and group["rank"] is not None:
+        return ALONE if group["side"] == "both" else rows
+    return group.get("rows", ALONE)
+
+
 def reduced(group: dict[str, Any]) -> bool:
     """Does Adam run in coordinates, and not on the weight's own entries?"""
     return group["rank"] is not None or group["directions"] is not None
@@ -64,20 +99,21 @@ def protects(group: dict[str, Any]) -> bool:
 def closed_share(group: dict[str, Any], shape: torch.Size) -> float:
     """The share of both sides' directions that is closed to a weight of this shape as stored, at most 1; 1 for a mask."""
     constraint, directions = group.get("constraint"), group.get("directions") or (None, None)
-    closed = [] if constraint is None else [V.shape[1] / V.shape[0] for V in (constraint.outputs, constraint.inputs) if V is not None]
+    sides = () if constraint is None else (constraint.outputs, constraint.inputs)
+    closed = [V.shape[1] / side for V, side in zip(sides, shape, strict=False) if V is not None]
     closed += [1 - B.shape[1] / side for B, side in zip(directions, shape, strict=True) if B is not None] if len(shape) == 2 else []
     return min(1.0, sum(closed)) if closed else 1.0
 
 
 def forbidden_norm(group: dict[str, Any], D: Tensor) -> float:
     """||the part of D that must not be there|| of a change D of the weight as stored: what the constraint forbids, and all outside given directions. In D's precision."""
-    inner = D
+    inner, rows = D, group.get("rows", ALONE)
     P, Q = (None if B is None else B.to(D) for B in group.get("directions") or (None, None))
     inner = inner if Q is None else product(product(inner, Q), Q.mT)
-    inner = inner if P is None else product(P, product(P.mT, inner))
+    inner = inner if P is None else product(P, rows.sum(product(P.mT, inner)))
     constraint = group.get("constraint")
     inside = 0.0 if constraint is None else constraint.to(D.device, D.dtype).forbidden_norm(inner)
-    return (float((D - inner).double().norm()) ** 2 + inside**2) ** 0.5
+    return (float(rows.norm((D - inner).double())) ** 2 + inside**2) ** 0.5
 
 
 def check_directions(group: dict[str, Any], shape: torch.Size) -> None:
@@ -118,7 +154,7 @@ def restrict_whole_side_(group: dict[str, Any], R: Tensor) -> Tensor:
     if constraint is not None and Q is None:
         project_out_(R, constraint.inputs)
     if constraint is not None and P is None:
-        project_out_(R.mT, constraint.outputs)
+        project_out_(R.mT, constraint.outputs, constraint.rows)
     return R
 
 
@@ -169,15 +205,15 @@ def gradient(
     no gradient yet, or nothing is permitted. R is linear in G but for that choice; `cleaned` comes after the sum over micro-batches."""
     if group["directions"] is not None:
         R = in_directions(group, G)
-        return restrict_whole_side_(group, R) if R.numel() else None
+        return restrict_whole_side_(group, R) if spread_state(group, "exp_avg").shape(R).numel() else None  # the same in every process
     anew = refresh and due(group, state, index) and choose(group, state, G, (seed, index, int(state.get("updates", 0))))
     if "basis" not in state:
         return None
     if group["side"] != "both":
-        R = product(read(group, G), state["basis"])
+        R = spread(group)[1].sum(product(read(group, G), state["basis"]))
     else:
         permitted = G if covers(group) else group["constraint"].permitted(G)
-        R = state["basis_left"].mT @ product(read(group, permitted), state["basis"])
+        R = group.get("rows", ALONE).sum(state["basis_left"].mT @ product(read(group, permitted), state["basis"]))
     if anew and chosen is not None:
         chosen(G, R)
     return R
@@ -186,10 +222,17 @@ def gradient(
 def best_energy(group: dict[str, Any], G: Tensor) -> Tensor:
     """||R||^2 if the directions were the best for G, its strongest permitted ones, as eight iterations from four times as many find them."""
     U, V = protected(group)
-    m, n, r = sizes(group, G.shape)
+    rows, columns = spread(group)
+    m, n, r = sizes(group, group.get("rows", ALONE).shape(G))
     A, off = (read(group, G), V) if U is None and covers(group) else (read(group, group["constraint"].permitted(G)), None)
-    start = torch.randn(n, min(4 * r, n), generator=seeded(0), dtype=torch.float32).to(A.device, A.dtype)
-    return top_subspace(A, r, "power", start=project_out_(start.mT, off).mT, iterations=8, off=off).energy.sum()
+    start = _start(A, n, 4 * r, off, seeded(0), columns)
+    return top_subspace(A, r, "power", start=start, iterations=8, off=off, rows=rows, columns=columns).energy.sum()
+
+
+def _start(A: Tensor, n: int, count: int, off: Tensor | None, generator: torch.Generator, columns: Rows) -> Tensor:
+    """Own rows of (n, count) random directions, off `off`, for subspace iteration on A (m, n)."""
+    start = columns.own(torch.randn(n, min(count, n), generator=generator, dtype=torch.float32)).to(A.device, A.dtype)
+    return project_out_(start.mT, off, columns).mT
 
 
 def cleaned(group: dict[str, Any], R: Tensor) -> Tensor:
@@ -201,15 +244,16 @@ def in_directions(group: dict[str, Any], G: Tensor) -> Tensor:
     """P^T G Q in the group's given directions; a side without them stays whole, and may still hold what is protected there."""
     P, Q = group["directions"]
     R = G if Q is None else product(G, Q)
-    return (R if P is None else product(P.mT, R)).contiguous()
+    return (R if P is None else spread_state(group, "exp_avg").share(product(P.mT, R))).contiguous()
 
 
 def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple[int, int, int]) -> bool:
     """Choose Q, and P, for the gradient G and carry the moments over: orthonormal and orthogonal to what is protected, whatever the rank of G. False where G, which
     may be zero, no number, or wholly protected, gives none."""
     U, V = protected(group)
-    _, n, r = sizes(group, G.shape)
-    scale = torch.linalg.matrix_norm(G)
+    whole, (rows, columns) = group.get("rows", ALONE), spread(group)
+    _, n, r = sizes(group, whole.shape(G))
+    scale = whole.norm(G)
     if r < 1 or not 0 < float(scale) < math.inf:
         return False
     both = group["side"] == "both" and group["constraint"] is not None
@@ -217,17 +261,18 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     off = None if both else V
     old = state.get("basis")
     if group["refresh"] in ("svd", "exact"):
-        found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=off)
+        found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=off, rows=rows, columns=columns)
     elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
-        found = top_subspace(A, r, "power", start=old, iterations=1, off=off)
+        found = top_subspace(A, r, "power", start=old, iterations=1, off=off, rows=rows, columns=columns)
     else:
         # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
-        start = torch.randn(n, min(2 * r, n), generator=seeded(*seeds), dtype=torch.float32).to(A.device, A.dtype)
-        found = top_subspace(A, r, "power", start=project_out_(start.mT, off).mT, off=off)
+        start = _start(A, n, 2 * r, off, seeded(*seeds), columns)
+        found = top_subspace(A, r, "power", start=start, off=off, rows=rows, columns=columns)
     if not found.energy.sum().sqrt() > tolerance(A.dtype) * scale:
         return False  # the whole gradient lies in the protected space
-    Q = renewed(found.basis, V)
-    P = orthonormalize(A @ Q, against=U) if group["side"] == "both" else None  # (m, r): A Q = P diag(sigma) for singular directions Q
+    Q = renewed(found.basis, V, columns)
+    # (m, r): A Q = P diag(sigma) for singular directions Q
+    P = orthonormalize(columns.sum(A @ Q), against=U, rows=rows) if group["side"] == "both" else None
     if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
         return False
     if old is not None and moments.NAMES[0] in state:
@@ -241,11 +286,12 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
 def _carry_moments(group: dict[str, Any], state: dict[str, Any], P: Tensor | None, Q: Tensor) -> None:
     """From the directions in `state` to P and Q: M <- (P_old^T P)^T M (Q_old^T Q), the second moments likewise (rotate_moments), on columns, then on rows."""
     M, v = moments.read(state)
+    rows, columns = spread(group)
     shape = (M.shape[0] if P is None else P.shape[1], Q.shape[1])
     if group["moments"] == "rotate":
-        M, v = rotate_moments(M, v, state["basis"], Q)
+        M, v = rotate_moments(M, v, state["basis"], Q, columns)
         if P is not None:
-            M, v = (t.mT.contiguous() for t in rotate_moments(M.mT, v.mT, state["basis_left"], P))
+            M, v = (t.mT.contiguous() for t in rotate_moments(M.mT, v.mT, state["basis_left"], P, rows))
     elif group["moments"] == "reset" or M.shape != shape:  # "keep" has nothing to keep when the rank changed
         M, v = M.new_zeros(shape), v.new_zeros(shape)
         state["step"] = torch.zeros_like(state["step"])
@@ -256,6 +302,7 @@ def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tupl
     """Two thin factors L, K with dW = L K in the weight's shape, for a step delta (m, r) or (r, r) in the coordinates."""
     if group["directions"] is not None:
         P, Q = group["directions"]
+        delta = delta if P is None else spread_state(group, "exp_avg").whole(delta)
         return (P, delta) if Q is None else (delta if P is None else product(P, delta), Q.mT)
     left, Q = delta if group["side"] != "both" else state["basis_left"] @ delta, state["basis"]
     return (Q, left.mT) if flipped(group) else (left, Q.mT)
@@ -263,22 +310,30 @@ def factors(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> tupl
 
 def leak(group: dict[str, Any], state: dict[str, Any], delta: Tensor) -> float:
     """||forbidden part|| / ||update|| of a step delta (m, r) or (r, r), through the small products. Only where `covers(group)`."""
+    rows, columns = (group.get("rows", ALONE), ALONE) if group["directions"] is not None else spread(group)
+    of_R = spread_state(group, "exp_avg")
     delta = delta.double()
-    norm = float(delta.norm())  # = ||dW||: P and Q are orthonormal
+    norm = float(of_R.norm(delta))  # = ||dW||: P and Q are orthonormal
     if norm == 0:
         return 0.0
     if group["directions"] is not None:
         (P, Q), constraint = group["directions"], group["constraint"]
+        if P is not None:
+            delta, of_R = of_R.whole(delta), ALONE
         U, V = (None, None) if constraint is None else (constraint.outputs, constraint.inputs)
-        strays = [0.0 if B is None or _width(W) else float((R @ _defect(B)).norm()) for B, W, R in ((P, U, delta.mT), (Q, V, delta))]
+        left = 0.0 if P is None or _width(U) else float((delta.mT @ _defect(P, rows)).norm())
+        strays = [left, 0.0 if Q is None or _width(V) else float(of_R.norm(delta @ _defect(Q, columns)))]
     else:
         (U, V), P, Q, strays = protected(group), state.get("basis_left"), state["basis"], []
-    right = float((delta @ (V.double() if Q is None else Q.mT.double() @ V.double())).norm()) if _width(V) else 0.0
-    left = float(((U.mT.double() if P is None else U.mT.double() @ P.double()) @ delta).norm()) if _width(U) else 0.0
+    right = float(of_R.norm(delta @ (V.double() if Q is None else columns.sum(Q.mT.double() @ V.double())))) if _width(V) else 0.0
+    left = 0.0
+    if _width(U):
+        seen = rows.sum(U.mT.double() @ delta) if P is None else rows.sum(U.mT.double() @ P.double()) @ delta
+        left = float(seen.norm())
     return sum(x**2 for x in (right, left, *strays)) ** 0.5 / norm
 
 
-def _defect(B: Tensor) -> Tensor:
+def _defect(B: Tensor, rows: Rows) -> Tensor:
     """B^T B - I: how far B B^T is from a projection onto span(B)."""
     B = B.double()
-    return B.mT @ B - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
+    return rows.sum(B.mT @ B) - torch.eye(B.shape[1], dtype=B.dtype, device=B.device)

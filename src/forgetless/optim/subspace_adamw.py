@@ -11,6 +11,8 @@ Four kinds of tensor, in any mixture, chosen by the parameter group:
 
 Moments and bases are per-parameter tensors in fp32 (fp64 for fp64 weights), also for bf16 and fp16 weights, whose own coarseness is `precision`'s matter
 (rounding.py); all state loads with weights_only=True. Not for: sparse gradients, complex weights, tensors that are not matrices with a rank or a basis.
+
+Parameters that fully_shard has spread over processes by rows (sharding.py) are trained as the whole matrix is: each process keeps the state of its own rows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.optim.adamw import adamw
 
 from ..fake import storage_key
 from ..products import add_product_, full_precision, product
+from ..sharding import ALONE, is_sharded, like, local, norms, rows_of, whole
 from ..subspace import Constraint, working_dtype
 from . import coordinates, moments, rounding
 from .captured import Captured
@@ -107,6 +110,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             optimizer_state=optimizer_state, names=None,
         )  # fmt: skip
         self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
+        self._order: list[Tensor] = []  # the parameters as they were at the last step
         self.micro_batches = 1
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
@@ -156,10 +160,15 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 group["directions"] = tuple(None if B is None else B.detach().to(p.device, working_dtype(p.dtype)) for B in group["directions"])
             if constraint is not None:
                 constraint = constraint.to(p.device, working_dtype(p.dtype))
+            if group["optimizer_state"] == "8bit" and rows_of(p) is not ALONE:
+                raise ValueError("SubspaceAdamW: optimizer_state='8bit' scales blocks of numbers, which a sharded parameter cuts through; use fp32")
             if self._keeps_start(group):
-                self.state[p]["start"] = p.detach().to(working_dtype(p.dtype), copy=True)
+                self.state[p]["start"] = local(p.detach()).to(working_dtype(p.dtype), copy=True)
         group["constraint"] = constraint
+        self._order += group["params"]
         if group["release"]:
+            if any(is_sharded(p) for p in group["params"]):
+                raise ValueError("SubspaceAdamW: release=True takes a whole gradient, and sharded parameters have none; leave it out")
             first = sum(len(g["params"]) for g in self.param_groups[:-1])
             for i, p in enumerate(group["params"]):
                 self._release_gradients(p, first + i)
@@ -181,9 +190,13 @@ class SubspaceAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        used = [(group, p, self._gradient(group, p, i), i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
+        self._follow()
+        own = [(coordinates.part(group, p), p, i) for i, (group, p) in enumerate(self._each()) if p.grad is not None or p in self._released]
+        if not any(self.state.values()) and not self._released and not any(norms([(rows_of(p), local(p.grad)) for _, p, _ in own])):
+            return  # torch.distributed.checkpoint's way to have a state made, which comes with the first gradient: nothing is counted as a step
+        used = [(group, p, self._gradient(group, p, i), i) for group, p, i in own]
         used = [(group, p, coordinates.cleaned(group, R), i) for group, p, R, i in used if R is not None]
-        self._clip([R for _, _, R, _ in used])
+        self._clip(used)
         self.captured, self.captured_of_best = self._noted.take()
         leaks = [leak for batch in _batches(used) for leak in self._update(batch)]
         constrained = any(coordinates.protects(group) for group, *_ in used)
@@ -192,12 +205,21 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def _each(self):
         return ((group, p) for group in self.param_groups for p in group["params"])
 
+    def _follow(self) -> None:
+        """Parameters may have been replaced since they were given, by those that fully_shard makes of them: what is kept of the old ones is the new ones', by their places."""
+        now = [p for _, p in self._each()]
+        for (group, p), old in zip(self._each(), self._order, strict=True):
+            if p is not old and old in self.state:
+                part = coordinates.part(group, p)
+                self.state[p] = {key: _own(part, key, t) for key, t in self.state.pop(old).items()}
+        self._order = now
+
     def _gradient(self, group: dict[str, Any], p: Tensor, index: int) -> Tensor | None:
         """The gradient as Adam will see it: G, its permitted part, or its coordinates R. None: nothing to do in this step."""
         return self._released.pop(p) if p in self._released else self._reduce(group, p, index)
 
     def _reduce(self, group: dict[str, Any], p: Tensor, index: int, refresh: bool = True) -> Tensor | None:
-        G = p.grad
+        G = local(p.grad)
         if G.is_sparse:
             raise RuntimeError("SubspaceAdamW does not support sparse gradients")
         dtype, constraint = working_dtype(p.dtype), group["constraint"]
@@ -210,7 +232,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 permitted = constraint.restrict_(G.to(dtype))
                 G.copy_(permitted)
                 G = permitted  # what bf16 would round away is still here
-            return G if G.dtype == dtype and G.stride() == p.stride() and G.is_contiguous() else G.to(dtype).contiguous()
+            return G if G.dtype == dtype and G.stride() == local(p).stride() and G.is_contiguous() else G.to(dtype).contiguous()
         chosen = partial(self._note, group, p, index) if self.track_captured else None
         return coordinates.gradient(group, self.state[p], G.to(dtype), self.seed, index, refresh, chosen)
 
@@ -259,13 +281,13 @@ class SubspaceAdamW(torch.optim.Optimizer):
         self._released.clear()
         self._noted.take()
 
-    def _clip(self, gradients: list[Tensor]) -> None:
-        if not self.max_grad_norm or not gradients:
+    def _clip(self, used: list[Used]) -> None:
+        if not self.max_grad_norm or not used:
             self.grad_norm = None
             return
-        self.grad_norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(R) for R in gradients]))
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms([(coordinates.spread_state(group, "exp_avg"), R) for group, _, R, _ in used])))
         factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        for R in gradients:
+        for _, _, R, _ in used:
             R.mul_(factor.to(R.device, R.dtype))
 
     def _update(self, batch: list[Used]) -> list[float]:
@@ -278,8 +300,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 moments.write(state, (torch.zeros_like(R), torch.zeros_like(R)), "fp32")
             if group["rank"] is not None or rounding.counts_updates(p, group["precision"]):
                 state["updates"] = state.get("updates", torch.zeros((), dtype=torch.int64)) + 1
-            rounding.prepare(p, state, group["precision"])
-            W = rounding.exact(p, state)
+            rounding.prepare(local(p), state, group["precision"])
+            W = rounding.exact(local(p), state)
             # everything but a plain tensor steps a zero buffer first: the buffer IS the update, so it can be projected, lifted, scaled and measured
             plain = not coordinates.reduced(group) and group["constraint"] is None and W is not None and W.is_contiguous()
             target = W if plain else torch.zeros_like(R)
@@ -297,16 +319,17 @@ class SubspaceAdamW(torch.optim.Optimizer):
             for group, p, index, plain, target, *pair in zip(groups, weights, indices, plains, targets, first, second, strict=True):
                 moments.write(self.state[p], pair, group["optimizer_state"])
                 if plain:
-                    rounding.settle(p, target)
+                    rounding.settle(local(p), target)
                 else:
                     leaks.append(self._apply(group, p, target, index))
         return leaks
 
     def _apply(self, group: dict[str, Any], p: Tensor, delta: Tensor, index: int) -> float:
         """Lift the step to the weight's shape, decay, take off what is forbidden, add it to the weight. Returns the leak."""
-        state, constraint = self.state[p], group["constraint"]
+        state, constraint, rows = self.state[p], group["constraint"], group.get("rows", ALONE)
         rate = float(group["lr"]) * group["lr_scale"] * group["weight_decay"]
-        seeds = (self.seed, index, int(state.get("updates", 0)), 1)
+        seeds = (self.seed, index, int(state.get("updates", 0)), 1, *([] if rows is ALONE else [rows.start]))
+        p = local(p)
         if coordinates.reduced(group):
             delta.mul_(group["scale"])
             if group["directions"] is not None:
@@ -327,30 +350,45 @@ class SubspaceAdamW(torch.optim.Optimizer):
         if constraint is not None:
             constraint.restrict_(delta)
         rounding.add(p, delta, state, group["precision"], seeds)
-        norm = float(delta.double().norm()) if self.track_leak and coordinates.protects(group) else 0.0
+        norm = float(rows.norm(delta.double())) if self.track_leak and coordinates.protects(group) else 0.0
         return coordinates.forbidden_norm(group, delta) / norm if norm > 0 else 0.0
 
     # -- saving --------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, without constraints and names: they are the method's to give again. Tensors only: loads with weights_only=True."""
+        """As torch's, without constraints and names: they are the method's to give again. Tensors only: loads with weights_only=True.
+
+        What a sharded parameter has of its own rows is a DTensor, as torch.distributed.checkpoint has it, also for other numbers of processes.
+        """
+        self._follow()
         saved = super().state_dict()
+        for index, (group, p) in enumerate(self._each()):
+            if index in saved["state"] and rows_of(p) is not ALONE:
+                part = coordinates.part(group, p)
+                saved["state"][index] = {key: _spread(part, key, t, p) for key, t in saved["state"][index].items()}
         saved["param_groups"] = [{k: v for k, v in group.items() if k not in NOT_SAVED} for group in saved["param_groups"]]
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: options come from `state_dict`, but for constraints and names; an option it does not know yet keeps its value."""
+        """As torch's: options come from `state_dict`, but for constraints and names; an option it does not know yet keeps its value.
+
+        State may be whole or spread over any number of processes.
+        """
         kept = self.param_groups
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, kept, strict=True):
             group.update({k: v for k, v in own.items() if k in NOT_SAVED or k not in group})
         # torch casts floating state to the weight's dtype; bf16 moments, bases and masters would be ruin, so put the saved values back
-        order = [p for _, p in self._each()]
+        self._order = [p for _, p in self._each()]
+        parts = [coordinates.part(group, p) for group, p in self._each()]
+        # torch.distributed.checkpoint's keys are the parameters' names
+        places = {key: i for i, key in enumerate(key for group in state_dict["param_groups"] for key in group["params"])}
         for index, values in state_dict["state"].items():
-            p = order[index]
+            place = places[index]
+            p = self._order[place]
             for key, value in values.items():
                 if torch.is_tensor(value):
-                    self.state[p][key] = value.detach().clone().to(p.device)
+                    self.state[p][key] = _own(parts[place], key, value.detach()).clone().to(p.device)
             if not rounding.is_coarse(p):  # saved with a bf16 weight: an fp32 one needs neither, and a master that no longer moves would be believed
                 self.state[p].pop("master", None)
                 self.state[p].pop("compensation", None)
@@ -385,17 +423,32 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
 
 def _batches(used: list[Used]) -> Iterator[list[Used]]:
-    """`used` in order, in parts that together have no more than BATCH numbers: small tensors share one call, and the buffers of large ones do not pile up."""
+    """`used` in order, in parts that together have no more than BATCH numbers: small tensors share one call, and the buffers of large ones do not pile up.
+
+    Of sharded ones the numbers of all processes count: what these exchange they must come to in one order.
+    """
     batch: list[Used] = []
     size = 0
     for one in used:
-        if batch and size + one[2].numel() > BATCH:
+        numbers = coordinates.spread_state(one[0], "exp_avg").shape(one[2]).numel()
+        if batch and size + numbers > BATCH:
             yield batch
             batch, size = [], 0
         batch.append(one)
-        size += one[2].numel()
+        size += numbers
     if batch:
         yield batch
+
+
+def _own(part: dict[str, Any], key: str, t: Any) -> Any:
+    """Of a tensor of the state, whole or spread, the own rows of a group as coordinates.part has it."""
+    return coordinates.spread_state(part, key).own(whole(t)) if torch.is_tensor(t) and t.ndim else t
+
+
+def _spread(part: dict[str, Any], key: str, t: Any, p: Tensor) -> Any:
+    """The inverse: a DTensor that lies as p does, or t itself where every process has all of it."""
+    rows = coordinates.spread_state(part, key)
+    return like(p, t, rows.total) if torch.is_tensor(t) and t.ndim and rows is not ALONE else t
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
