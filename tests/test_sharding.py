@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sharding_child import CASES, LEAKS
 
 import forgetless as fl
-from forgetless import shared_model
+from forgetless import foreign, shared_model
 from forgetless.config import load_config
 from forgetless.errors import ConfigError
 from forgetless.methods import get
@@ -255,3 +255,77 @@ def test_accelerate_launch_and_a_number_of_processes_that_cannot_share_a_step(sh
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "current").read_text() == "01-animal\n"
+
+
+# -- in somebody else's Trainer ----------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_trainer_on_a_model_that_transformers_has_sharded(tiny, tmp_path):
+    """from_pretrained(distributed_config=...) leaves a process its rows; the optimizer and the callback go with them, and two processes end where one does, to 1e-8."""
+    config = pytest.importorskip("transformers.distributed").DistributedConfig
+    if "fsdp_size" not in config.__dataclass_fields__:
+        pytest.skip("this transformers shards no model as it loads it")
+    tasks = json.dumps([write_task(tmp_path / "data", n) | {"limit": 48} for n in ("colour", "animal")])
+    child = [str(HERE / "shared_trainer_child.py"), tiny, tasks]
+    two = torchrun(2, *child, str(tmp_path / "two"), "2")
+    assert two.returncode == 0, two.stderr[-3000:]
+    alone = subprocess.run([sys.executable, *child, str(tmp_path / "one"), "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    a, b = (torch.load(tmp_path / n, weights_only=True) for n in ("one", "two"))
+    assert a.keys() == b.keys() and {key.split("/")[0] for key in a} == {"seqft0", "gorp1", "gorp4"}
+    for key, W in a.items():
+        torch.testing.assert_close(b[key], W, atol=1e-8, rtol=0, msg=lambda said, key=key: f"{key}: {said}")
+
+
+SHARDED_BY_HAND = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
+
+import forgetless as fl
+from forgetless import foreign, models
+from forgetless.errors import ConfigError
+
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
+model, tokenizer = models.load({tiny!r})
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+for method in ("osft", "olora", "gpm"):
+    try:
+        fl.ContinualCallback(method).begin(model, tokenizer)
+    except ConfigError as error:
+        print(error)
+callback = fl.ContinualCallback("gorp")
+callback.begin(model, tokenizer)
+callback.optimizer(1e-3)
+args = TrainingArguments(output_dir="unused", use_cpu=True, save_strategy="steps")
+try:
+    callback.on_train_begin(args, type("State", (), dict(global_step=0, max_steps=1)), None, model=model, optimizer=callback.trained)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_what_a_foreign_trainer_cannot_shard_is_refused(tiny, tmp_path):
+    code = SHARDED_BY_HAND.format(port=free_port(), tiny=tiny)
+    said = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr[-3000:]
+    lines = said.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["method osft", "method olora", "method gpm"]
+    assert all("are spread over processes (fully_shard)" in line and "forgetless run with sharding: fsdp2" in line for line in lines[:3])
+    assert "save_strategy='no'" in lines[3]
+
+
+@pytest.mark.parametrize(("key", "said"), [("fsdp", "docs/scaling.md"), ("deepspeed", "its ZeRO optimizers flatten weights and gradients")])
+def test_fsdp_and_deepspeed_of_the_arguments_are_refused_with_a_way_out(key, said):
+    arguments = type("Arguments", (), {"n_gpu": 0, key: True})
+    with pytest.raises(ConfigError, match=f"TrainingArguments.{key}: .*{said}.*sharding: fsdp2"):
+        foreign.check_arguments(arguments)
+
+
+def test_fsdp_and_deepspeed_of_a_config_name_sharding(small_run):
+    for key in ("fsdp", "deepspeed"):
+        config = small_run("seqft", tasks=("colour",))
+        config["train"][key] = "x"
+        with pytest.raises(ConfigError, match=f"train.{key} cannot be set; .*sharding: fsdp2"):
+            load_config(config)

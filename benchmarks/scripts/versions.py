@@ -2,7 +2,7 @@
 
     python benchmarks/scripts/versions.py --into /tmp/versions                   # what is missing in the results; an environment that is there is used again
     python benchmarks/scripts/versions.py --into /tmp/versions --only oldest --tests all
-    python benchmarks/scripts/versions.py markdown
+    python benchmarks/scripts/versions.py markdown                               # into the page
 
 Each combination gets an environment of its own and a copy of the tree as git sees it, so that edits meanwhile are not tested by half. One process, one thread: of the
 default suite a quarter of an hour and more, so `core` (below) is what runs unless --tests says all. Which Pythons there are is asked by name: python3.12 on PATH, or
@@ -28,6 +28,7 @@ from typing import Any
 from runs import RESULTS, ROOT
 
 FILE = RESULTS / "versions.json"
+PAGE, BEGIN, END = ROOT / "docs" / "versions.md", "<!-- versions -->", "<!-- end of versions -->"
 EXTRAS = "demo,eval,quantize,train"
 OLDEST = ("torch==2.13.0", "transformers==5.15.0", "peft==0.18.0", "accelerate==1.10.0", "datasets==4.0.0", "pydantic==2.8.0", "pyyaml==6.0", "typer==0.16.0",
           "rich==13.0.0", "jinja2==3.1.0", "platformdirs==4.0.0")  # fmt: skip
@@ -123,7 +124,8 @@ def main() -> None:
     given = parser.parse_args()
     results = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"combinations": {}}
     if given.what == "markdown":
-        print(markdown(results))
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(before + BEGIN + "\n" + markdown(results) + "\n" + END + rest.partition(END)[2], encoding="utf-8", newline="\n")
         return
     if given.into is None:
         parser.error("--into is needed")

@@ -37,6 +37,7 @@ from .methods import get
 from .methods.base import Memory, Method
 from .optim import SubspaceAdamW
 from .products import full_precision
+from .sharding import is_sharded
 from .state import save_memory
 from .tasks import Task
 from .trainer import check_launcher, finite, learning_groups, make_optimizer, settings_of
@@ -281,6 +282,11 @@ class ContinualCallback(TrainerCallback):
         if self.trained is None or getattr(optimizer, "optimizer", optimizer) is not self.trained:
             raise ConfigError(
                 f"{where}: the Trainer trains by an optimizer of its own; give it optimizer_cls_and_kwargs=fl.optimizer_cls_and_kwargs(method)"
+            )
+        if args.save_strategy != "no" and any(is_sharded(p) for p in model.parameters()):
+            raise ConfigError(
+                f"{where}: TrainingArguments.save_strategy: the Trainer would write one process' rows of a sharded model's optimizer; set save_strategy='no', or "
+                "save by torch.distributed.checkpoint in a loop of your own"
             )
         if isinstance(self.task, foreign.Given):
             self.task.loader = train_dataloader

@@ -22,6 +22,7 @@ from .files import read
 from .methods._after import After
 from .methods.base import Memory, Method
 from .methods.beside import Beside
+from .sharding import is_sharded
 from .state import load_memory
 from .tasks import Example, Task
 from .trainer import check_launcher
@@ -30,6 +31,12 @@ from .trainer import check_launcher
 OF_WEIGHTS = ("ewc", "olora", "nlora", "ella")
 # whose on_step only collects what end_task reads
 COLLECTS = ("gorp",)
+# whose hooks do with the rows of each weight that fully_shard leaves to a process
+SHARDED = ("seqft", "gorp")
+INSTEAD = {
+    "fsdp": "take it out, and give the Trainer a model that is sharded already (docs/scaling.md), or use forgetless run with sharding: fsdp2",
+    "deepspeed": "its ZeRO optimizers flatten weights and gradients, and the optimizer here needs matrices; take it out, or use forgetless run with sharding: fsdp2",
+}
 # what may learn follows from the weights as the task began
 FROM_WEIGHTS = ("osft", "sara")
 
@@ -89,6 +96,19 @@ def check_model(model: nn.Module, method: Method) -> None:
             f"method {method.name}: the model's weights are quantised, and what is learned could not be added to them; load the whole model "
             f"(forgetless run has quantize: 4bit for its frozen layers while a task trains), or put PEFT adapters on it and {by_hand}"
         )
+    if any(is_sharded(p) for p in model.parameters()):
+        check_sharded(method)
+
+
+def check_sharded(method: Method) -> None:
+    """Raises ConfigError for a method that does more to the weights of a sharded model than train them: between tasks too it has rows of them only."""
+    for part in parts(method):
+        o = part.options
+        if part.name not in SHARDED or getattr(o, "use_lora", False) or getattr(o, "state", "adam") not in ("adam", "galore"):
+            raise ConfigError(
+                f"method {part.name}: the model's weights are spread over processes (fully_shard), and the method reads whole ones; take "
+                f"{' or '.join(SHARDED)} without adapters, or forgetless run with sharding: fsdp2, which has them whole between tasks"
+            )
 
 
 def check_arguments(args: Any) -> None:
@@ -96,7 +116,9 @@ def check_arguments(args: Any) -> None:
     check_launcher()
     for name in ("fsdp", "deepspeed", "torch_compile", "auto_find_batch_size"):
         if getattr(args, name, None):
-            raise ConfigError(f"TrainingArguments.{name}: forgetless does not train under it in a foreign Trainer; take it out")
+            raise ConfigError(
+                f"TrainingArguments.{name}: forgetless does not train under it in a foreign Trainer; {INSTEAD.get(name, 'take it out')}"
+            )
     if args.n_gpu > 1:
         raise ConfigError(f"{args.n_gpu} GPUs are visible and only one process runs: set CUDA_VISIBLE_DEVICES=0, or launch one process for each")
 

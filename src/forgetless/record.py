@@ -225,7 +225,11 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
     Of the watch sets this is the config; their rows are in the lineage, as those of the tasks are.
     """
-    return {k: v for k, v in config.model_dump().items() if k not in ("output_dir", "keep", "tasks", "checkpoint_every", "gate", "probes", "report_to", "sharding")}
+    return {
+        k: v
+        for k, v in config.model_dump().items()
+        if k not in ("output_dir", "keep", "tasks", "checkpoint_every", "gate", "probes", "report_to", "sharding")
+    }
 
 
 def resolve(config: RunConfig, method: Method, args) -> RunConfig:
