@@ -167,6 +167,13 @@ def test_a_model_kept_in_another_dtype_than_its_base(tiny, tmp_path):
     assert found["error"] < 1e-5 and len(found["layers"]) == 14
 
 
+def test_what_a_coarser_dtype_alone_has_changed_no_training_has(tiny, tmp_path):
+    """bf16 rounds embeddings, norms and layers that never learned; the adapter is of those that did."""
+    trained = change(tiny, tmp_path / "trained", rank=None, layers=lambda name: "q_proj" in name, dtype=torch.bfloat16)
+    found = export_lora(trained, tiny, tmp_path / "adapter", rank=64)
+    assert found["layers"] and all("q_proj" in name for name in found["layers"])
+
+
 # -- the command -----------------------------------------------------------------------------------------------------------------------------
 
 

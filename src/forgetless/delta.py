@@ -87,7 +87,8 @@ def _changed_layers(old: nn.Module, new: nn.Module, base: str, trained: str) -> 
         raise DataError(
             f"'{trained}' was not trained from '{base}': {odd or f'a {type(new).__name__} and a {type(old).__name__}'}. Name the model it was trained from"
         )
-    changed = {name for name, p in a.items() if _difference(p, b[name]).any()}
+    # what only the trained model's coarser dtype has changed, no training has
+    changed = {name for name, p in a.items() if _difference(p.to(b[name].dtype), b[name]).any()}
     if not changed:
         raise DataError(f"'{trained}' and '{base}' have the same weights; there is nothing to export")
     after, tied = models.named_layers(new), models.tied_weights(old)
