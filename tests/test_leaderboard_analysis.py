@@ -477,7 +477,8 @@ def test_relearning_unseen_and_general_are_tables_where_cells_have_them(page):
     assert "| row | seeds | imdb | cb | mean change |" in text and "General" not in text
     assert "| gorp | 2 | 0.500, 0.650 | 0.400, 0.300 | +0.075 |" in text, "(0.2 - 0.1) / 2 of the first seed, 0.1 of the second"
     asked = {"suites": {"facts": {"n": 40, "before": 0.7, "after": 0.65, "change": -0.05, "ci95": [-0.2, 0.1]}}, "mean_change": -0.05}
-    assert "| seqft | 1 | 0.700, 0.650 | -0.050 |" in page(cell(general=asked))
+    text = page(cell(general=asked), cell(seed=1, general={"text": {"perplexity": 31.25, "kl": 0.3, "tokens": 9}}))
+    assert "| seqft | 1 | 0.700, 0.650 | -0.050 |" in text and "| seqft | 1 | 31.25 | 0.300 |" in text
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def content(
         "cell": cell.name, "row": cell.row, "stream": cell.stream, "prompt": cell.prompt, "seed": cell.seed,
         "protocol": protocols.get(cell.protocol).content(), "chosen": chosen, "method": config["method"], "learning_rate": config["train"]["learning_rate"],
         "config": config | {"output_dir": ""}, "environment": environment((folder / "run.yaml").read_text(encoding="utf-8")),
-        "code": CODE, **{key: matrix[key] for key in ("tasks", "scores", "before", "n", "ci95", "metrics", "failures")},
+        "code": CODE, **{key: matrix[key] for key in ("tasks", "scores", "before", "ci95", "metrics", "failures")},
+        "n": {task: matrix["n"][task] for task in tasks},  # and of no watch set
         "rows": {
             "final": {s: by_task(s, [last] * len(tasks), tasks) for s in scorers},
             "learned": {s: by_task(s, learned, tasks) for s in scorers},

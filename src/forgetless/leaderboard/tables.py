@@ -99,12 +99,14 @@ def extras(group: Group) -> list[list[str] | str]:
         body = []
         for row, runs in measured.items():
             each = [[run[name] for run in runs if name in run] for name in names]
-            if runs:
+            if runs := [run for run in runs if run]:
                 changes = [mean(after - before for before, after in run.values()) for run in runs]
                 shown = [f"{mean(b for b, _ in one):.3f}, {mean(a for _, a in one):.3f}" if one else None for one in each]
                 body.append([plain(row), str(len(runs)), *shown, f"{mean(changes):+.3f}"])
         if body:
             found += [title, table(["row", "seeds", *(plain(name) for name in names), "mean change"], body)]
+    if lines := text_of_no_task(group):
+        found += ["Text of no task, by the last model: perplexity, and KL from the untouched model:", lines]
     return found
 
 
@@ -115,7 +117,18 @@ def unseen_scores(content: Mapping[str, Any], scorer: str) -> dict[str, tuple[fl
 
 def general_scores(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """{suite: (before, after)} of a cell's general ability."""
-    return {name: (suite["before"], suite["after"]) for name, suite in content["suites"].items()}
+    return {name: (suite["before"], suite["after"]) for name, suite in content.get("suites", {}).items()}
+
+
+def text_of_no_task(group: Group) -> list[str]:
+    """What cells made by benchmarks/scripts/osft_comparison.py hold: perplexity of text of no task, and its KL from the untouched model."""
+    body = []
+    for row in group.rows:
+        if found := [cell.general["text"] for cell in row.cells if cell.general and "text" in cell.general]:
+            body.append(
+                [plain(row.name), str(len(found)), f"{mean(one['perplexity'] for one in found):.2f}", f"{mean(one['kl'] for one in found):.3f}"]
+            )
+    return table(["row", "seeds", "perplexity", "KL"], body) if body else []
 
 
 def relearning(group: Group) -> list[str]:
