@@ -22,11 +22,11 @@ from forgetless.progress import Progress
 from forgetless.tasks import TaskStream, load_task
 from forgetless.trainer import train_task, training_arguments
 
-trainer.eager_pays = lambda *_: False  # eager attention takes its softmax in fp32, in which fp64's mask of a padded row makes NaN
 gc.freeze()  # as in conftest.py: or two thirds of the time go into looking through the imports for garbage
 
 
 def main(model_folder: str, tasks: str, out: str, methods: str, batch: str) -> None:
+    trainer.eager_pays = lambda *_: False  # eager attention takes its softmax in fp32, in which fp64's mask of a padded row makes NaN
     train = {
         "learning_rate": 1e-3, "max_steps": 8, "per_device_train_batch_size": int(batch), "gradient_accumulation_steps": 2, "weight_decay": 0.1,
         "bf16": False, "use_cpu": True, "adam_epsilon": 1e-6,  # at 1e-8 the division makes 1e-7 of a rounding of 1e-17 where there is next to no gradient

@@ -16,9 +16,8 @@ class Counted(shared_model.Shared):
         Counted.made += 1
 
 
-shared_model.Shared = Counted
-ddp_child.train_task = partial(ddp_child.train_task, sharding="fsdp2")
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # and not where pytest looks for doctests in it
+    shared_model.Shared = Counted
+    ddp_child.train_task = partial(ddp_child.train_task, sharding="fsdp2")
     ddp_child.main(*sys.argv[1:])
     assert Counted.made, "no model was shared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -32,6 +33,7 @@ def not_a_method(**options): pass
 def mine(tmp_path, monkeypatch):
     (tmp_path / "my_method.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_method", raising=False)  # the documentation has one of that name
 
 
 def test_it_runs_resumes_and_is_recorded(mine, small_run, monkeypatch):

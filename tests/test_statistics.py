@@ -10,6 +10,7 @@ from conftest import make_model_folder, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgetless.config import TaskConfig
+from forgetless.fake import is_fake
 from forgetless.methods import REGISTRY, get
 from forgetless.methods.base import Memory
 from forgetless.progress import Progress
@@ -89,7 +90,7 @@ def most_held(variant, rows, tokenizer, folder) -> int:
 
 
 def storages() -> dict[int, int]:
-    tensors = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    tensors = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor) and not is_fake(found)]
     return {storage.data_ptr(): storage.nbytes() for storage in tensors}
 
 
