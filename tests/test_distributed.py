@@ -212,7 +212,11 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"), ("RuntimeError('boom')", "rank 1: internal error")]
+    ("error", "said"),
+    [
+        ("DataError('row 7 is gone')", "rank 1: error: row 7 is gone"),
+        pytest.param("RuntimeError('boom')", "rank 1: internal error", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_dies_ends_the_job_with_its_error_first(error, said, through_torchrun, tmp_path):
     config = through_torchrun[0] | {"output_dir": str(tmp_path / "run"), "checkpoint_every": 2}

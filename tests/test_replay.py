@@ -505,6 +505,7 @@ def test_what_a_mode_says_of_itself():
 # -- two processes -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["on_policy"])
 def test_two_processes_replay_what_one_does(mode, small_run, tmp_path):
     """They share the prompts to answer, and each trains on its part of every batch."""

@@ -260,6 +260,7 @@ def test_accelerate_launch_and_a_number_of_processes_that_cannot_share_a_step(sh
 # -- in somebody else's Trainer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transformers_trainer_on_a_model_that_transformers_has_sharded(tiny, tmp_path):
     """from_pretrained(distributed_config=...) leaves a process its rows; the optimizer and the callback go with them, and two processes end where one does, to 1e-8."""
     config = pytest.importorskip("transformers.distributed").DistributedConfig
