@@ -33,8 +33,8 @@ def run(command: list[str], timeout: int = 300) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
-def torchrun(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    return run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), *command], timeout)
+def torchrun(*command: str, processes: int = 2, timeout: int = 300) -> subprocess.CompletedProcess:
+    return run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port(), *command], timeout)
 
 
 # -- row 4 -------------------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 from conftest import run_config, write_task
 from safetensors.torch import load_file
 from sharding_child import CASES, LEAKS
+from test_distributed import port, run, torchrun
 
 import forgetless as fl
 from forgetless import foreign, shared_model
@@ -23,19 +21,6 @@ from forgetless.errors import ConfigError
 from forgetless.methods import get
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def torchrun(processes: int, *command: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
-    return subprocess.run([*launcher, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-
 
 # -- the optimizer -----------------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +31,7 @@ BOTH = [f"{case}{stored}" for case in CASES for stored in ("", "-transposed")]
 def found(tmp_path_factory):
     """What sharding_child.py finds with two processes."""
     out = tmp_path_factory.mktemp("sharded") / "found.json"
-    done = torchrun(2, str(HERE / "sharding_child.py"), str(out))
+    done = torchrun(str(HERE / "sharding_child.py"), str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -112,10 +97,10 @@ def one_and_two(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     tasks = json.dumps([write_task(folder / "data", n) | {"limit": 48} for n in ("colour", "animal")])
     (folder / "methods.json").write_text(json.dumps(METHODS))
-    two = torchrun(2, str(HERE / "shared_child.py"), tiny, tasks, str(folder / "two"), str(folder / "methods.json"), "2", timeout=900)
+    two = torchrun(str(HERE / "shared_child.py"), tiny, tasks, str(folder / "two"), str(folder / "methods.json"), "2", timeout=900)
     assert two.returncode == 0, two.stderr[-3000:]
     alone = [sys.executable, str(HERE / "ddp_child.py"), tiny, tasks, str(folder / "one"), str(folder / "methods.json"), "4"]
-    one = subprocess.run(alone, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    one = run(alone, timeout=900)
     assert one.returncode == 0, one.stderr[-3000:]
     return tuple(torch.load(folder / n, weights_only=True) for n in ("one", "two"))
 
@@ -200,7 +185,7 @@ def shared_run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = config_of(tiny, folder, {"name": "gorp", "rank": 2, "refresh_gap": 3, "use_lora": True, "lora_dropout": 0.0}, 6)
     (folder / "dying.py").write_text(DYING.format(path=str(folder / "config.yaml")))
-    return folder, config, torchrun(2, str(folder / "dying.py"))
+    return folder, config, torchrun(str(folder / "dying.py"))
 
 
 @pytest.mark.slow
@@ -224,9 +209,9 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_two_and_three(processes, s
     (tmp_path / "config.yaml").write_text(json.dumps(mine))
     command = ["-m", "forgetless", "run", "--progress", "json", str(tmp_path / "config.yaml")]
     if processes == 1:
-        done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = run([sys.executable, *command], timeout=300)
     else:
-        done = torchrun(processes, *command)
+        done = torchrun(*command, processes=processes)
     assert done.returncode == 0 and "colour: goes on from step 4" in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("average accuracy") == 2  # one table a scorer, printed once
 
@@ -247,12 +232,12 @@ def test_accelerate_launch_and_a_number_of_processes_that_cannot_share_a_step(sh
     folder, config, _ = shared_run
     shutil.copytree(folder / "run", tmp_path / "run")
     (tmp_path / "config.yaml").write_text(json.dumps(config | {"output_dir": str(tmp_path / "run")}))
-    refused = torchrun(5, "-m", "forgetless", "run", "--progress", "none", str(tmp_path / "config.yaml"))
+    refused = torchrun("-m", "forgetless", "run", "--progress", "none", str(tmp_path / "config.yaml"), processes=5)
     assert refused.returncode and "2 processes took 12 rows a step, which 5 cannot share evenly" in refused.stderr, refused.stderr[-3000:]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [*launcher, "-m", "forgetless", "run", "--progress", "none", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = run(command, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "current").read_text() == "01-animal\n"
 
@@ -268,9 +253,9 @@ def test_transformers_trainer_on_a_model_that_transformers_has_sharded(tiny, tmp
         pytest.skip("this transformers shards no model as it loads it")
     tasks = json.dumps([write_task(tmp_path / "data", n) | {"limit": 48} for n in ("colour", "animal")])
     child = [str(HERE / "shared_trainer_child.py"), tiny, tasks]
-    two = torchrun(2, *child, str(tmp_path / "two"), "2")
+    two = torchrun(*child, str(tmp_path / "two"), "2")
     assert two.returncode == 0, two.stderr[-3000:]
-    alone = subprocess.run([sys.executable, *child, str(tmp_path / "one"), "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    alone = run([sys.executable, *child, str(tmp_path / "one"), "4"], timeout=300)
     assert alone.returncode == 0, alone.stderr[-3000:]
     a, b = (torch.load(tmp_path / n, weights_only=True) for n in ("one", "two"))
     assert a.keys() == b.keys() and {key.split("/")[0] for key in a} == {"seqft0", "gorp1", "gorp4"}
@@ -308,8 +293,8 @@ except ConfigError as error:
 
 
 def test_what_a_foreign_trainer_cannot_shard_is_refused(tiny, tmp_path):
-    code = SHARDED_BY_HAND.format(port=free_port(), tiny=tiny)
-    said = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    code = SHARDED_BY_HAND.format(port=port(), tiny=tiny)
+    said = run([sys.executable, "-c", code], timeout=120)
     assert said.returncode == 0, said.stderr[-3000:]
     lines = said.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["method osft", "method olora", "method gpm"]
