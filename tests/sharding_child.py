@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from forgetless import sharding
 from forgetless.evaluation.drift import weight_leak
-from forgetless.optim import SubspaceAdamW
+from forgetless.optim import SubspaceAdamW, coordinates
 from forgetless.sharding import gathered_state, whole
 from forgetless.subspace import Constraint, orthonormalize
 
@@ -244,6 +244,33 @@ def sent(mesh: Any) -> dict[str, float]:
     return {"refresh": steps[0], "step": steps[1], "gather": count.numbers}
 
 
+def planned(case: str, transposed: bool, mesh: Any) -> dict[str, float]:
+    """What a process sends in a step that chooses directions, in another, and holds of the state, beside what is planned without any other process."""
+    m, n = 96, 64
+    layer = nn.Linear(m, n, bias=False) if transposed else nn.Linear(n, m, bias=False)
+    group = {"transposed": transposed} | options(case, m, n)
+    plan = SubspaceAdamW([group | {"params": [layer.weight]}], lr=0.01, weight_decay=0.1)
+    shape, processes = layer.weight.shape, dist.get_world_size()
+    chosen, other = coordinates.sent(plan.param_groups[0], shape, processes)
+    found = {
+        "plan_choice": chosen.numbers,
+        "plan_other": other.numbers,
+        "plan_exchanges": chosen.exchanges,
+        "plan_bytes": plan.planned_bytes(processes),
+    }
+    fully_shard(layer, mesh=mesh)
+    optimizer = SubspaceAdamW([group | {"params": [layer.weight]}], lr=0.01, weight_decay=0.1)
+    for step in range(6):
+        layer.weight.grad = sharding.spread_like(layer.weight.detach(), torch.randn(*shape, generator=torch.Generator().manual_seed(step)))
+        with sharding.counting() as count:
+            optimizer.step()
+        found |= {
+            {3: "choice", 4: "other"}.get(step, "of another step"): count.numbers,
+            "exchanges": count.exchanges if step == 3 else found.get("exchanges"),
+        }
+    return found | {"bytes": optimizer.state_bytes()}
+
+
 def main(out: str) -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -252,6 +279,7 @@ def main(out: str) -> None:
         for case in CASES:
             key = f"{case}{'-transposed' * transposed}"
             found[key] = equality(case, transposed, mesh)
+            found[key] |= planned(case, transposed, mesh)
             if case in LEAKS and not transposed:
                 found[key] |= {"leaks": leaks(case, transposed, mesh)}
     for case in ("rank-inputs", "either", "directions"):

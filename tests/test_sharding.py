@@ -69,6 +69,17 @@ def test_a_choice_of_directions_sends_a_tenth_of_the_gradient_or_less(found):
     assert sent["step"] < 100  # without a choice: norms only
 
 
+@pytest.mark.parametrize("case", BOTH)
+def test_what_is_planned_for_several_processes_is_what_they_send_and_hold(case, found):
+    """forgetless estimate --world counts with no other process there: numbers, exchanges and bytes of state are those of two."""
+    got = found[case]
+    assert got["plan_bytes"] == got["bytes"] and got["plan_other"] == got["other"]
+    if "exact" in case or "svd" in case:  # whole gradients are gathered; what is thin beside them is not counted
+        assert got["plan_choice"] == pytest.approx(got["choice"], rel=0.03)
+    else:
+        assert (got["plan_choice"], got["plan_exchanges"]) == (got["choice"], got["exchanges"])
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------------------------
 
 # as in test_distributed.py: a spectral gap and exact bases, so that the order of summation cannot choose another subspace

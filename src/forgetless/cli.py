@@ -403,11 +403,16 @@ def estimate(
     closed: Annotated[
         float | None, typer.Option("--closed", help="Share of each layer's input directions that earlier tasks have closed; default: 0.16.")
     ] = None,
+    world: Annotated[int, typer.Option("--world", min=1, help="Processes that train together; the first is planned, and what it sends.")] = 1,
+    link: Annotated[
+        float | None, typer.Option("--link", help="GB a second that a process can send; default: 50, a 400 Gb/s adapter's data sheet.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Peak memory, time and disk of a run, from the model's configuration: no weights are loaded.
 
     Example: forgetless estimate first.yaml model=meta-llama/Llama-3.1-70B --gpu h200 --tokens 1024
+    Example: forgetless estimate first.yaml model=meta-llama/Llama-3.1-70B sharding=fsdp2 --world 64 --gpu h200 --tokens 1024
     """
     from .config import load_config
 
@@ -415,7 +420,7 @@ def estimate(
     quiet_libraries()
     from . import estimate as planner
 
-    found = planner.estimate(settings, gpu, planner.CLOSED if closed is None else closed, tokens)
+    found = planner.estimate(settings, gpu, planner.CLOSED if closed is None else closed, tokens, world, planner.LINK if link is None else link * 1e9)
     print(json.dumps(found, indent=1)) if as_json else planner.show(found)
 
 

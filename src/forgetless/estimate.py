@@ -3,8 +3,11 @@
 The model is built without data (torch's FakeTensorMode), the method plans a task on it, and a training step of the task's longest rows is traced: what autograd keeps
 for the backward pass is counted tensor by tensor, each storage once. Of a deep decoder-only model whose blocks are alike only the first two are run.
 
+Of several processes (`world`) the first is planned: its rows of what is shared, all of what is not, and what it sends. What a choice of directions sends is counted
+by making one, with what that process would hold, of gradients that are made up.
+
 What is assumed and not known: how much of each layer's inputs earlier tasks have closed (`closed`), the speed of the machine (one product is timed here; of a named
-GPU the data sheet's), and what the process holds that is no tensor (measured in this process).
+GPU the data sheet's) and of what joins several (`link`), and what the process holds that is no tensor (measured in this process).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import models, shared_model
 from .batches import IGNORED, NO_PACKING, forward, is_seq2seq
 from .config import RunConfig
 from .errors import ConfigError, ForgetlessError, nearest
@@ -44,6 +47,8 @@ log = logging.getLogger(__name__)
 CLOSED = 0.16  # of each layer's input directions: gorp after four tasks (benchmarks/results/gorp_ablation_order1.json)
 EFFICIENCY = 0.5  # of the speed of a large product that a whole training step reaches
 CONTEXT = 600 << 20  # a GPU's own: CUDA's context and libraries
+LINK = 50e9  # bytes a second that a process sends: a 400 Gb/s adapter a GPU, from the data sheet
+LATENCY = 30e-6  # seconds an exchange takes however little is sent: assumed
 GPUS = {  # name: (bytes of memory, FLOP a second of dense products in bf16, and in fp32 without TF32), from the data sheets
     "l4": (24e9, 121e12, 30e12), "a10g": (24e9, 70e12, 31e12), "l40s": (48e9, 362e12, 92e12), "rtx-3090": (24e9, 71e12, 36e12),
     "rtx-4090": (24e9, 165e12, 83e12), "a100-40gb": (40e9, 312e12, 19e12), "a100-80gb": (80e9, 312e12, 19e12), "h100": (80e9, 989e12, 67e12),
@@ -71,6 +76,7 @@ class Step:
     whole: int  # between tasks, where some are quantised meanwhile; else 0
     gradients: int
     aside: int  # bytes of whole weights in files while a task trains
+    checkpointed: int  # the optimizer's state, whole
     activations: int  # what autograd keeps for the backward pass, the parameters apart
     optimizer_state: int  # moments, masters, bases
     adapters: int  # what learns beside the model's own parameters
@@ -82,18 +88,31 @@ class Step:
     trained: int
     embedded: int  # parameters of embeddings, which multiply nothing
     vocabulary: int
+    exchange: int  # of several processes: what they put together before it is sent, or have whole while it computes
+    sent: dict[str, float]  # bytes that a process sends in every step, by what they are
+    kinds: list[
+        tuple[dict[str, Any], Tensor, int]
+    ]  # of those that share the model: (group, one of them, how many) of weights for which alike is exchanged
 
 
-def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, tokens: int | None = None) -> dict[str, Any]:
+def estimate(
+    config: RunConfig, gpu: str | None = None, closed: float = CLOSED, tokens: int | None = None, world: int = 1, link: float = LINK
+) -> dict[str, Any]:
     """Bytes, seconds and disk as a dict, by their names. Raises ConfigError for an unknown GPU, a share outside [0, 1), a method that cannot be planned.
 
-    tokens: of a row and its answer together, where the data should not be read.
+    tokens: of a row and its answer together, where the data should not be read. world: processes that train together, of which the first is planned; they share the
+    model where the config says `sharding`. link: bytes a second that each can send.
     """
     if gpu is not None and gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: not in the list ({', '.join(GPUS)}){nearest(gpu, GPUS)}")
     if not 0 <= closed < 1:
         raise ConfigError(f"--closed {closed:g}: a share of each layer's input directions, at least 0 and below 1")
+    if world < 1 or not 0 < link < math.inf:
+        raise ConfigError(f"--world {world}, --link {link / 1e9:g}: at least one process, and a rate above 0")
     method = get(config.method.name, **config.method.options)
+    if world > 1:
+        shared_model.check(config, method)
+    method.planned = world, bool(config.sharding) and world > 1
     args = training_arguments(config.train, config.seed, config.output_dir)
     on_gpu = gpu is not None or torch.cuda.is_available() and not args.use_cpu
     path = models.resolve(config.model)
@@ -116,20 +135,25 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
     held = ("weights", "adapters", "optimizer_state", "moments_in_fp32", "method_bases", "method_statistics", "copy_for_the_weight_leak")
     peak = {name: getattr(step, name) for name in held}
     # what is kept for the backward pass goes as the gradients come, but its memory is seldom in the pieces that they need
-    peak |= {"activations": step.activations, "gradients": step.gradients}
+    peak |= {"activations": step.activations, "gradients": step.gradients, "exchange": step.exchange}
+    shared = method.planned[1]
     peak |= {
-        "scoring": scoring,
+        "scoring": 0 if shared else scoring,
         "process": CONTEXT if on_gpu else resident_bytes(),
     }  # libraries are loaded here and no model: a training process holds as much
-    # where they are quantised while a task trains, the weights are whole while it is prepared, merged and scored
-    between = (step.whole + max(step.method_bases + step.adapters, scoring) + peak["process"]) * bool(step.whole)
+    # where they are quantised or shared while a task trains, the weights are whole while it is prepared, merged and scored; those that were shared are put together
+    # while what trained them is still there
+    beside = sum(peak[name] for name in held) if shared else step.method_bases + step.adapters
+    between = (step.whole + max(beside, scoring) + peak["process"]) * bool(step.whole)
     speed = GPUS[gpu][1 if args.bf16 else 2] if gpu else measured_speed(bool(args.bf16), on_gpu)
-    counts = {r.name: steps_of(r, args) for r in rows}
+    counts = {r.name: steps_of(r, args, world) for r in rows}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     # two operations a parameter and token for the forward pass, two for the gradient of the inputs, two for the gradient of what learns
     multiplied = step.parameters - step.embedded
     work = {r.name: 2 * r.mean * size * (2 * multiplied + min(step.trained, multiplied)) for r in rows}
-    seconds = {name: None if n is None else n * work[name] / (speed * EFFICIENCY) for name, n in counts.items()}
+    sent = exchanges(step, world, link)
+    waits = sent["seconds_a_step"] + sent["seconds_a_choice"] / sent["refresh_gap"] if sent else 0.0
+    seconds = {name: None if n is None else n * (work[name] / (speed * EFFICIENCY) + waits) for name, n in counts.items()}
     tasks, whole_model = len(config.tasks), step.whole or step.weights
     # the current model always stays, and nobody has tagged another yet; what a method keeps stays of every task
     kept = {"all": tasks, "tagged": 1}.get(config.keep) or min(tasks, int(config.keep.split()[1]))
@@ -141,7 +165,7 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
         "spaces": spaces * (tasks + 1) // 2,  # as if they grew evenly up to what the last task finds closed
         "memory": tasks * first + more * tasks * (tasks - 1) // 2, "inputs": tasks * inputs,
     }  # fmt: skip
-    disk["checkpoint"] = whole_model - step.aside + step.optimizer_state + step.method_statistics if config.checkpoint_every else 0
+    disk["checkpoint"] = whole_model - step.aside + step.checkpointed + step.method_statistics if config.checkpoint_every else 0
     assumed = {
         "closed": closed,
         "batch": args.per_device_train_batch_size,
@@ -155,6 +179,9 @@ def estimate(config: RunConfig, gpu: str | None = None, closed: float = CLOSED, 
         "peak": peak, "peak_bytes": max(sum(peak.values()), between), "between_tasks_bytes": between,
         "steps": counts, "seconds": seconds, "models_kept": kept, "disk": disk, "disk_bytes": sum(disk.values()),
     }  # fmt: skip
+    if world > 1:
+        found |= {"processes": world, "sharding": config.sharding, "sent": sent}
+        found["assumed"] |= {"link_bytes_a_second": link, "seconds_an_exchange": LATENCY}
     if gpu:
         found |= {"gpu_bytes": int(GPUS[gpu][0]), "fits": found["peak_bytes"] < 0.95 * GPUS[gpu][0]}
     return found
@@ -185,13 +212,13 @@ def scoring_bytes(config: RunConfig, whole: Any, step: Step, rows: list[Rows], b
     return cast + config.evaluate.batch_size * (known + max(r.labels for r in rows) * step.vocabulary * 2 * 4)
 
 
-def steps_of(rows: Rows, args) -> int | None:
+def steps_of(rows: Rows, args, world: int = 1) -> int | None:
     """Optimizer steps of a task; None where neither max_steps nor the number of rows is known."""
     if args.max_steps > 0:
         return args.max_steps
     if rows.count is None:
         return None
-    return math.ceil(args.num_train_epochs * math.ceil(rows.count / (args.per_device_train_batch_size * args.gradient_accumulation_steps)))
+    return math.ceil(args.num_train_epochs * math.ceil(rows.count / (args.per_device_train_batch_size * args.gradient_accumulation_steps * world)))
 
 
 # -- the step --------------------------------------------------------------------------------------------------------------------------
@@ -239,17 +266,24 @@ def plan_blocks(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"  # autocast keeps the same tensors on both
+    world, shared = method.planned or (1, False)
+
+    def own(parameters: Iterable[Tensor]) -> int:
+        return sum(p.nbytes // p.shape[0] * -(-p.shape[0] // world) if shared and p.ndim else p.nbytes for p in parameters)
+
     with FakeTensorMode(), unmoved(), contextlib.ExitStack() as stack:
         model = models.without_data(copy.deepcopy(shape), getattr(torch, config.dtype), config.trust_remote_code).train()
         if device == "cpu" and eager_pays(rows.tokens, args.per_device_train_batch_size, config.packing):
             model.set_attn_implementation("eager")  # as the Trainer does
         parameters, embeddings = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
-        base, method = list(model.parameters()), type(method)(**method.options.model_dump())  # one of its own: what is planned leaves nothing behind
+        base, method = list(model.parameters()), again(method)
         method.check(model)
         memory, spaces = Memory(), method.spaced(model)
         guards = method.constrained if spaces is None else bool(spaces)
         spaces = spaces or {}
-        memory.keep({name: Subspace(torch.empty(n, int(closed * n)), torch.empty(int(closed * n))) for name, n in spaces.items()})
+        most = getattr(method.innermost().options, "max_rank", None) or max(spaces.values(), default=0)
+        ranks = {name: min(int(closed * n), most) for name, n in spaces.items()}
+        memory.keep({name: Subspace(torch.empty(n, ranks[name]), torch.empty(ranks[name])) for name, n in spaces.items()})
         model = method.begin_task(model, None, memory)
         groups = method.param_groups(model)
         learning = {p for group in groups for p in group["params"]}
@@ -273,14 +307,76 @@ def plan_blocks(
         )
         in_fp32 = 8 * max(sizes) if sizes and config.optimizer_state == "8bit" else 0
         guarded = [p for group in groups if coordinates.protects(group) or guards and not beside for p in group["params"]]
+        state = optimizer.planned_bytes() if hasattr(optimizer, "planned_bytes") else 8 * trained
+        exchange, sent = exchanged(model, method, learning, args)
+        kinds = alike(optimizer) if shared and ours else []
         step = Step(
-            weights=weights - aside + codes, whole=weights if aside else 0, aside=aside, gradients=gradient_bytes(optimizer),
+            weights=own(base) if shared else weights - aside + codes, whole=weights if aside or shared else 0, aside=aside,
+            gradients=own(learning) if shared else gradient_bytes(optimizer), checkpointed=state, exchange=exchange, sent=sent, kinds=kinds,
             activations=saved_bytes(model, args, rows, device, checkpointing, config.packing) if run else 0,
-            optimizer_state=optimizer.planned_bytes() if hasattr(optimizer, "planned_bytes") else 8 * trained, moments_in_fp32=in_fp32,
-            adapters=sum(p.nbytes for p in learning - set(base)), method_bases=held, method_statistics=statistics, copy_for_the_weight_leak=sum(p.nbytes for p in guarded),
+            optimizer_state=optimizer.planned_bytes(world) if shared else state, moments_in_fp32=in_fp32,
+            adapters=own(learning - set(base)), method_bases=held, method_statistics=statistics, copy_for_the_weight_leak=own(guarded),
             parameters=parameters, trained=trained, embedded=embeddings.numel(), vocabulary=embeddings.shape[0],
         )  # fmt: skip
-        return step, sum(4 * n * int(closed * n) for n in spaces.values())
+        return step, sum(4 * n * ranks[name] for name, n in spaces.items())
+
+
+def again(method: Method) -> Method:
+    """One like it: what is planned leaves nothing behind."""
+    other = type(method)(**method.options.model_dump())
+    other.planned = method.planned or (1, False)
+    return other
+
+
+def exchanged(model: nn.Module, method: Method, learning: set[nn.Parameter], args) -> tuple[int, dict[str, float]]:
+    """Of several processes: (bytes of what is put together to be sent, or is whole while it computes; bytes that one sends in every step, the optimizer's own apart)."""
+    processes, shared = method.planned
+    if processes == 1:
+        return 0, {}
+
+    def size(parameters: Iterable[Tensor]) -> int:
+        return sum(p.nbytes for p in parameters)
+
+    share, gradients = 1 - 1 / processes, size(learning)
+    if not shared:  # DistributedDataParallel's buckets, which it has beside the gradients
+        return gradients, {"gradients": 2 * share * gradients}
+    units = [list(block.parameters()) for block in shared_model.blocks(model)]
+    inside = {p for unit in units for p in unit}
+    rest = [p for p in model.parameters() if p not in inside]
+    # fully_shard has what lies in no block whole for as long as the model computes, a block, the one that is fetched ahead of it, and the gradients of two
+    whole = size(rest) + 2 * max(map(size, units), default=0) + 2 * max(size(learning.intersection(unit)) for unit in (rest, *units))
+    times = args.gradient_accumulation_steps  # of which each fetches the weights forwards and backwards, and hands its gradients over
+    sent = {"weights": 2 * share * size(model.parameters()) * times, "gradients": share * gradients * times}
+    return whole, sent | {"statistics": 4 * share * method.sent_each_step(model)}
+
+
+def alike(optimizer: SubspaceAdamW) -> list[tuple[dict[str, Any], Tensor, int]]:
+    """(group, one of them, how many) of the weights for which alike is exchanged."""
+    found: dict[Any, tuple[dict[str, Any], Tensor, int]] = {}
+    for group in optimizer.param_groups:
+        constraint, directions = group["constraint"], group["directions"] or (None, None)
+        bases = (*directions, *(() if constraint is None else (constraint.inputs, constraint.outputs, constraint.mask)))
+        known = (group["rank"], group["side"], group["flipped"], group["refresh"], constraint is None or constraint.forbid)
+        for p in group["params"]:
+            key = (*known, p.shape, *(None if B is None else B.shape for B in bases))
+            found[key] = (group, p, found[key][2] + 1 if key in found else 1)
+    return list(found.values())
+
+
+def exchanges(step: Step, processes: int, link: float) -> dict[str, Any]:
+    """Bytes that a process sends in a step, and in one that chooses directions beside, and the seconds they take if nothing is computed meanwhile. {} for one process."""
+    if processes == 1:
+        return {}
+    found = [(count, *coordinates.sent(group, p.shape, processes)) for group, p, count in step.kinds]
+    choices, others = ([sum(count * getattr(one[i], key) for count, *one in found) for key in ("numbers", "exchanges")] for i in (0, 1))
+    a_step = step.sent | {"coordinates": 4 * others[0]}
+    a_choice, times = 4 * (choices[0] - others[0]), choices[1] - others[1]
+    chosen = [(group, count * p.nbytes) for group, p, count in step.kinds if group["rank"] is not None]
+    return {
+        "a_step": a_step, "a_choice": a_choice, "exchanges_a_choice": times,
+        "gradients_gathered_instead": (1 - 1 / processes) * sum(size for _, size in chosen), "refresh_gap": max([group["refresh_gap"] for group, _ in chosen], default=1),
+        "seconds_a_step": sum(a_step.values()) / link, "seconds_a_choice": a_choice / link + times * LATENCY,
+    }  # fmt: skip
 
 
 class NoRows(Task):
@@ -420,8 +516,22 @@ def show(found: dict[str, Any]) -> None:
             print(f"  {name.replace('_', ' '):<28}{value / gb:8.2f} GB")
     fits = "" if "fits" not in found else f", {'fits' if found['fits'] else 'does not fit'} a {found['device']} of {found['gpu_bytes'] / gb:.0f} GB"
     if found["peak_bytes"] > sum(found["peak"].values()):
-        print(f"  between tasks, all weights whole: {found['between_tasks_bytes'] / gb:.2f} GB, the most there is")
+        print(
+            f"  between tasks, all weights whole: {found['between_tasks_bytes'] / gb:.2f} GB, the most there is; {sum(found['peak'].values()) / gb:.2f} GB in training"
+        )
     print(f"peak     {found['peak_bytes'] / gb:.2f} GB{fits}")
+    if sent := found.get("sent"):
+        step = ", ".join(f"{name} {value / gb:.3g} GB" for name, value in sent["a_step"].items() if value)
+        rate = f"at {assumed['link_bytes_a_second'] / gb:g} GB/s"
+        print(
+            f"sent     by each of {found['processes']} processes in a step: {step}; {sent['seconds_a_step']:.3g} s {rate} if nothing is computed meanwhile"
+        )
+        if sent["a_choice"]:
+            instead = sent["gradients_gathered_instead"]
+            print(
+                f"         every {sent['refresh_gap']} steps to choose directions: {sent['a_choice'] / gb:.3g} GB in {sent['exchanges_a_choice']:,} exchanges, "
+                f"{sent['seconds_a_choice']:.3g} s; the gradients themselves are {instead / gb:.3g} GB"
+            )
     for name, seconds in found["seconds"].items():
         said = (
             "give max_steps, or the data, for a time" if seconds is None else f"{found['steps'][name]} steps, about {duration(seconds)} of training"

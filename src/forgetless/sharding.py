@@ -10,11 +10,14 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    Group = dist.ProcessGroup | "Imagined" | None
 
 
 class Rows:
@@ -52,18 +55,33 @@ class Rows:
         """(own rows of Q, all of R) of the QR of a matrix of which A (m, k) are the own rows."""
         return torch.linalg.qr(A)
 
+    def held(self, numbers: int) -> int:
+        """How many of so many numbers are here, if they lie as the rows do."""
+        return numbers
+
 
 ALONE = Rows()
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """A process group that is not there, of which this is the first process: exchanges are counted, and hand back numbers of the right shape."""
+
+    processes: int
+
+
+def _processes(group: Group) -> int:
+    return group.processes if isinstance(group, Imagined) else dist.get_world_size(group)
 
 
 class Spread(Rows):
     """`total` rows over the processes of `group` in chunks of ceil(total / processes), in order, as torch.chunk has them: the last processes may have fewer, or none."""
 
-    def __init__(self, total: int, group: dist.ProcessGroup | None = None):
+    def __init__(self, total: int, group: Group = None):
         self.total, self.group = total, group
-        self.processes = dist.get_world_size(group)
+        self.processes = _processes(group)
         self.chunk = -(-total // self.processes)
-        self.start = min(dist.get_rank(group) * self.chunk, total)
+        self.start = 0 if isinstance(group, Imagined) else min(dist.get_rank(group) * self.chunk, total)
         self.stop = min(self.start + self.chunk, total)
 
     def sum(self, X: Tensor) -> Tensor:
@@ -101,6 +119,9 @@ class Spread(Rows):
         outer, R = torch.linalg.qr(triangles.whole(self._padded(T, k)))
         return Q @ triangles.own(outer)[: Q.shape[1], :m], R[:m]
 
+    def held(self, numbers: int) -> int:
+        return numbers // self.total * (self.stop - self.start) if self.total else 0
+
     @staticmethod
     def _padded(X: Tensor, rows: int) -> Tensor:
         return X.contiguous() if len(X) == rows else torch.cat([X, X.new_zeros(rows - len(X), *X.shape[1:])])
@@ -126,6 +147,7 @@ class Sent:
     """Numbers that this process has sent in exchanges, as rings have it: an all-reduce hands every part round twice, a gather and a reduce-scatter once."""
 
     numbers: float = 0.0
+    exchanges: int = 0
 
 
 _counts: list[Sent] = []
@@ -141,23 +163,31 @@ def counting() -> Iterator[Sent]:
         _counts.pop()
 
 
-def _count(rounds: int, whole: Tensor, group: dist.ProcessGroup | None) -> None:
+def _count(rounds: int, whole: Tensor, group: Group) -> None:
     for count in _counts:
-        count.numbers += rounds * whole.numel() * (1 - 1 / dist.get_world_size(group))
+        count.numbers += rounds * whole.numel() * (1 - 1 / _processes(group))
+        count.exchanges += 1
 
 
-def _all_reduce(X: Tensor, group: dist.ProcessGroup | None) -> None:
+def _all_reduce(X: Tensor, group: Group) -> None:
     _count(2, X, group)
-    dist.all_reduce(X, group=group)
+    if not isinstance(group, Imagined):
+        dist.all_reduce(X, group=group)
 
 
-def _all_gather(found: Tensor, X: Tensor, group: dist.ProcessGroup | None) -> None:
+def _all_gather(found: Tensor, X: Tensor, group: Group) -> None:
     _count(1, found, group)
+    if isinstance(group, Imagined):
+        found.view(group.processes, *X.shape).copy_(X)
+        return
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(found, X, group=group)  # torch 2.13's name, and the older one
 
 
-def _reduce_scatter(found: Tensor, X: Tensor, group: dist.ProcessGroup | None) -> None:
+def _reduce_scatter(found: Tensor, X: Tensor, group: Group) -> None:
     _count(1, X, group)
+    if isinstance(group, Imagined):
+        found.copy_(X[: len(found)])
+        return
     (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(found, X, group=group)
 
 

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from .. import distributed
 from ..errors import ConfigError, nearest
 from ..progress import Progress
 from ..subspace import Subspace, working_dtype
@@ -96,6 +97,7 @@ class Method:
         None  # set by end_task of a method that trains beside the weights and adds the result to them: as weight_leak gives it
     )
     micro_batches: int = 1  # set before optimizer(): how many backward passes make a step
+    planned: tuple[int, bool] | None = None  # set where a task is only planned: as if so many processes trained it, and did they share the model?
     progress: Progress = Progress()  # likewise: stage and advance for what takes long; silent where nobody has set one
 
     def __init__(self, /, **options: Any):
@@ -109,6 +111,11 @@ class Method:
         if error["type"] == "extra_forbidden":
             return f"unknown option '{key}'{nearest(key, self.Options.model_fields)}"
         return f"{key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}"
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.planned[0] if self.planned else distributed.world_size()
 
     def innermost(self) -> Method:
         """The method that says which weights train: itself, unless it goes beside another."""
@@ -190,6 +197,10 @@ class Method:
 
     def statistics_bytes(self, model: nn.Module) -> int:
         """Most bytes of what on_step collects while a task trains, beside the optimizer's state."""
+        return 0
+
+    def sent_each_step(self, model: nn.Module) -> int:
+        """For planning: numbers that on_step and a penalty sum over, or gather from, processes which share the model, as a ring hands them round: a sum counts twice."""
         return 0
 
     def held_bytes(self) -> int:

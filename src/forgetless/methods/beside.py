@@ -40,6 +40,7 @@ class Beside(Method):
     batch_share, packs = _inner("batch_share"), _inner("packs")
     scratch, progress, micro_batches, max_grad_norm = _inner("scratch"), _inner("progress"), _inner("micro_batches"), _inner("max_grad_norm")
     merge_leak, whole_gradients = _inner("merge_leak"), _inner("whole_gradients")
+    planned = _inner("planned")
     kind, constrained = _inner("kind"), _inner("constrained")
 
     def __init__(self, /, **options: Any):
@@ -128,6 +129,9 @@ class Beside(Method):
 
     def statistics_bytes(self, model: nn.Module) -> int:
         return self.on.statistics_bytes(model)
+
+    def sent_each_step(self, model: nn.Module) -> int:
+        return self.on.sent_each_step(model)
 
     def held_bytes(self) -> int:
         return self.on.held_bytes()

@@ -25,7 +25,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .. import distributed
 from ..adapters import LoraOptions, adapters, attach, detach, factors, family_modules, lora_layers
 from ..errors import ConfigError
 from ..models import logical, match_modules, stored_transposed
@@ -204,7 +203,7 @@ class GORP(Method):
         return groups
 
     def check_processes(self) -> None:
-        if self.options.release_gradients and distributed.world_size() > 1:
+        if self.options.release_gradients and self.processes > 1:
             raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
         if self.options.release_gradients and self.whole_gradients:
             raise ConfigError("method gorp: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
@@ -212,7 +211,7 @@ class GORP(Method):
     @property
     def releases(self) -> bool:
         o = self.options
-        exact = o.may_release and distributed.world_size() == 1 and self.micro_batches == 1 and not self.whole_gradients
+        exact = o.may_release and self.processes == 1 and self.micro_batches == 1 and not self.whole_gradients
         return exact if o.release_gradients is None else o.release_gradients
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
@@ -346,15 +345,29 @@ class GORP(Method):
 
     def statistics_bytes(self, model: nn.Module) -> int:
         o = self.options
-        if not o.use_shared_space:
-            return 0
+        waiting = sum(4 * 16 * n for _, n, _ in self.observed(model, use_lora=False)) if self.releases else 0  # probes of the step, until its end
+        if o.space_from == "sketch":
+            return waiting + sum(4 * n * (2 * min(o.sketch_size, n) + 16) for _, n, _ in self.observed(model, o.use_lora))
+        parts = self.planned[0] if self.planned and self.planned[1] else 1  # as the gradients lie
+        return waiting + sum(4 * -(-(m if by_rows else n) // parts) * (n if by_rows else m) for m, n, by_rows in self.observed(model, o.use_lora))
+
+    def observed(self, model: nn.Module, use_lora: bool) -> list[tuple[int, int, bool]]:
+        """(m, n) of each gradient whose rows live in the spaces, and whether processes that share the model have rows of it each, or columns."""
+        if not self.options.use_shared_space:
+            return []
         inputs = self.space_side == "inputs"
-        shapes = [logical(m.weight, m).shape if inputs else logical(m.weight, m).shape[::-1] for m in self.full_layers(model).values()]
-        waiting = sum(4 * 16 * n for _, n in shapes) if self.releases else 0  # probes of the step, until its end
-        if o.use_lora:
-            layers = [logical(m.weight, m) for m in lora_layers(model, o.lora_modules).values()]
-            shapes += [(o.lora_rank, W.shape[1] if inputs else W.shape[0]) for W in layers]
-        return waiting + sum(4 * m * n if o.space_from == "first_moment" else 4 * n * (2 * min(o.sketch_size, n) + 16) for m, n in shapes)
+        layers = [(logical(m.weight, m).shape, stored_transposed(m)) for m in self.full_layers(model).values()]
+        found = [(*(shape if inputs else shape[::-1]), transposed != inputs) for shape, transposed in layers]
+        if use_lora:
+            factors = [logical(m.weight, m).shape for m in lora_layers(model, self.options.lora_modules).values()]
+            found += [(self.options.lora_rank, shape[1 if inputs else 0], inputs) for shape in factors]
+        return found
+
+    def sent_each_step(self, model: nn.Module) -> int:
+        if self.options.space_from != "sketch":
+            return 0
+        # a sketch's probes of own rows are summed, those of own columns gathered, and so is what has fewer rows than there are probes
+        return sum(2 * 16 * n if by_rows and m > 16 else min(m, 16) * n for m, n, by_rows in self.observed(model, self.options.use_lora))
 
     def protected_inputs(self, memory: Memory) -> dict[str, Tensor]:
         if self.space_side != "inputs" or not self.options.use_shared_space:

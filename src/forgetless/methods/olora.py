@@ -69,5 +69,8 @@ class OLoRA(IncLoRA):
         memory.put(self.name, old | {name: torch.cat([old[name], A]) if name in old else A.clone() for name, A in new.items()})
         return detach(model)
 
+    def sent_each_step(self, model: nn.Module) -> int:
+        return sum(p.numel() for layer in adapters(model).values() for p in factors(layer))  # gathered for the penalty
+
     def held_bytes(self) -> int:
         return sum(A.nbytes for A in self.old.values())

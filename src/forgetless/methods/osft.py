@@ -34,7 +34,6 @@ import torch
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor, nn
 
-from .. import distributed
 from ..batches import Readable
 from ..decomposition import cached_split
 from ..errors import ConfigError
@@ -185,7 +184,7 @@ class OSFT(Method):
         self.check_processes()
 
     def check_processes(self) -> None:
-        if self.options.release_gradients and distributed.world_size() > 1:
+        if self.options.release_gradients and self.processes > 1:
             raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
         if self.options.release_gradients and self.whole_gradients:
             raise ConfigError("method osft: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
@@ -367,7 +366,7 @@ class OSFT(Method):
     @property
     def releases(self) -> bool:
         o = self.options
-        wise = distributed.world_size() == 1 and not self.whole_gradients
+        wise = self.processes == 1 and not self.whole_gradients
         return o.fixed_coordinates and (wise if o.release_gradients is None else o.release_gradients)
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..fake import is_fake
 from ..products import product
-from ..sharding import ALONE, Rows, rows_of
-from ..subspace import orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
+from ..sharding import ALONE, Imagined, Rows, Sent, Spread, counting, rows_of
+from ..subspace import Constraint, orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
 from . import moments
 from .rounding import seeded
 
@@ -56,8 +56,12 @@ def protected(group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
 
 def part(group: dict[str, Any], p: Tensor) -> dict[str, Any]:
     """The group as it is for the own rows of p; the group itself where all are here. The bases are views of the group's."""
-    if (rows := rows_of(p)) is ALONE:
-        return group
+    rows = rows_of(p)
+    return group if rows is ALONE else of_rows(group, rows)
+
+
+def of_rows(group: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """The group as it is for who holds these rows of a weight."""
     own, constraint, directions = group | {"rows": rows}, group.get("constraint"), group.get("directions")
     own["constraint"] = None if constraint is None else constraint.spread(rows)
     own["directions"] = None if directions is None else (None if directions[0] is None else rows.own(directions[0]), directions[1])
@@ -174,12 +178,12 @@ def numbers(group: dict[str, Any], shape: torch.Size) -> int:
     return r * (r if group["side"] == "both" else m)
 
 
-def elements(group: dict[str, Any], shape: torch.Size) -> int:
-    """Numbers in the moments of a weight of this shape, and in the bases that are chosen for it."""
+def chosen_numbers(group: dict[str, Any], shape: torch.Size) -> int:
+    """Numbers in the bases that are chosen for a weight of this shape: those of them that are here."""
     if group["directions"] is not None:
-        return 2 * numbers(group, shape)
-    m, n, r = sizes(group, shape)
-    return 2 * numbers(group, shape) + (m + n if group["side"] == "both" else n) * r
+        return 0
+    (m, n, r), (rows, columns) = sizes(group, shape), spread(group)
+    return columns.held(n * r) + (rows.held(m * r) if group["side"] == "both" else 0)
 
 
 def _width(V: Tensor | None) -> int:
@@ -233,6 +237,63 @@ def _start(A: Tensor, n: int, count: int, off: Tensor | None, generator: torch.G
     """Own rows of (n, count) random directions, off `off`, for subspace iteration on A (m, n)."""
     start = columns.own(torch.randn(n, min(count, n), generator=generator, dtype=torch.float32)).to(A.device, A.dtype)
     return project_out_(start.mT, off, columns).mT
+
+
+def sent(group: dict[str, Any], shape: torch.Size, processes: int) -> tuple[Sent, Sent]:
+    """(what one of `processes` that hold the rows of a weight of this shape sends in a step that chooses directions, in another), in fp32 and but for norms.
+
+    Found by doing on made-up numbers, with what that process would hold, all of a step that exchanges thin matrices; the group's bases need only have shapes. As on a CPU:
+    elsewhere what is closed on a side that is spread is taken off twice.
+    """
+    constraint, share = group["constraint"], 1 - 1 / processes
+    own = of_rows(group | {"constraint": _zeros_like(constraint)}, Spread(shape[0], Imagined(processes)))
+    G = torch.randn(own["rows"].held(shape.numel()) // shape[1:].numel(), *shape[1:], generator=seeded(0))
+    dense = constraint is not None and (
+        not reduced(group) or bool(group["weight_decay"]) or not covers(group)
+    )  # the update, once it has the weight's shape
+
+    def restricted() -> None:
+        if dense:
+            own["constraint"].restrict_(G)
+
+    with counting() as other:
+        restricted()
+        if constraint is not None and not reduced(group):
+            restricted()  # the gradient
+        if group["directions"] is not None and group["directions"][0] is None and constraint is not None:
+            R = torch.randn(len(G), numbers(group, shape) // shape[0], generator=seeded(0))
+            for _ in range(2):  # of the gradient, of the update
+                restrict_whole_side_(own, R)
+    if group["directions"] is not None and group["directions"][0] is not None:  # R is summed and shared out; what Adam makes of it is gathered
+        rows = group["directions"][0].shape[1]
+        padded = numbers(group, shape) // max(rows, 1) * -(-rows // processes) * processes
+        other.numbers, other.exchanges = other.numbers + 2 * share * padded, other.exchanges + 2
+    if group["rank"] is None:
+        return other, other
+    gathers, state = group["refresh"] in ("exact", "svd"), {}
+    own = own | {"refresh": "cold"} if gathers else own
+    R = gradient(own, state, G, 0, 0)
+    if R is None:  # nothing is left to choose from
+        return Sent(), Sent()
+    moments.write(state, (torch.zeros_like(R), torch.zeros_like(R)), "fp32")
+    state |= {"updates": torch.tensor(group["refresh_gap"]), "step": torch.zeros(())}
+    with counting() as chosen:
+        gradient(own, state, G, 0, 0)
+        restricted()
+    with counting() as plain:
+        gradient(own, state, G, 0, 0, refresh=False)
+    other = Sent(other.numbers + plain.numbers, other.exchanges + plain.exchanges)
+    return Sent(other.numbers + share * shape.numel(), other.exchanges + 1) if gathers else chosen, other
+
+
+def _zeros_like(constraint: Constraint | None) -> Constraint | None:
+    """A constraint whose bases have the same shapes and forbid nothing."""
+    if constraint is None:
+        return None
+    made = object.__new__(Constraint)
+    made.forbid, made.mask = constraint.forbid, None if constraint.mask is None else torch.ones(1, 1, dtype=torch.bool).expand(constraint.mask.shape)
+    made.inputs, made.outputs = (None if V is None else torch.zeros(1, 1).expand(V.shape) for V in (constraint.inputs, constraint.outputs))
+    return made
 
 
 def cleaned(group: dict[str, Any], R: Tensor) -> Tensor:

@@ -101,5 +101,5 @@ class ScaledAdamW(SubspaceAdamW):
 
     def _extra(self, group: dict[str, Any], p: Tensor) -> int:
         """Bytes of `beside`, less those of the directions that APOLLO does not keep."""
-        kept = 0 if group["form"] == "fira" else coordinates.elements(group, p.shape) - 2 * coordinates.numbers(group, p.shape)
+        kept = 0 if group["form"] == "fira" else coordinates.chosen_numbers(group, p.shape)
         return (1 - kept) * working_dtype(p.dtype).itemsize

@@ -29,7 +29,7 @@ from torch.optim.adamw import adamw
 
 from ..fake import storage_key
 from ..products import add_product_, full_precision, product
-from ..sharding import ALONE, is_sharded, like, local, norms, rows_of, whole
+from ..sharding import ALONE, Imagined, Spread, is_sharded, like, local, norms, rows_of, whole
 from ..subspace import Constraint, working_dtype
 from . import coordinates, moments, rounding
 from .captured import Captured
@@ -397,23 +397,25 @@ class SubspaceAdamW(torch.optim.Optimizer):
         """Bytes of all state tensors, bases of constraints and given directions, each storage once."""
         return _storage_bytes([t for state in self.state.values() for t in state.values() if torch.is_tensor(t)] + self._given_tensors())
 
-    def planned_bytes(self) -> int:
-        """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing)."""
+    def planned_bytes(self, processes: int = 1) -> int:
+        """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing); in the first of so many that share the model."""
         total = _storage_bytes(self._given_tensors())
         for group, p in self._each():
-            size = working_dtype(p.dtype).itemsize
+            part = group if processes == 1 else group | {"rows": Spread(p.shape[0], Imagined(processes))}
+            size, rows = working_dtype(p.dtype).itemsize, part.get("rows", ALONE)
             if group["constraint"] is not None and group["constraint"].full:  # never stepped
-                total += p.numel() * size if self._keeps_start(group) else 0
+                total += rows.held(p.numel()) * size if self._keeps_start(group) else 0
                 continue
             if not coordinates.reduced(group):
-                total += moments.planned_bytes(p.numel(), working_dtype(p.dtype), group["optimizer_state"]) + 4  # step
+                total += moments.planned_bytes(rows.held(p.numel()), working_dtype(p.dtype), group["optimizer_state"]) + 4  # step
             else:
                 numbers = coordinates.numbers(group, p.shape)
-                total += moments.planned_bytes(numbers, working_dtype(p.dtype), group["optimizer_state"]) + 4
-                total += (coordinates.elements(group, p.shape) - 2 * numbers) * size  # bases
+                held = coordinates.spread_state(part, "exp_avg").held(numbers)
+                total += moments.planned_bytes(held, working_dtype(p.dtype), group["optimizer_state"]) + 4
+                total += coordinates.chosen_numbers(part, p.shape) * size
             total += 8 if group["rank"] is not None or rounding.counts_updates(p, group["precision"]) else 0  # updates
-            total += p.numel() * size if self._keeps_start(group) else 0
-            total += rounding.planned_bytes(p, group["precision"])
+            total += rows.held(p.numel()) * size if self._keeps_start(group) else 0
+            total += rows.held(rounding.planned_bytes(p, group["precision"]))
         return total
 
     def _given_tensors(self) -> list[Tensor]:
