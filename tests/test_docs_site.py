@@ -75,6 +75,28 @@ def test_the_table_of_7b_is_that_of_its_numbers():
     assert between("docs/faq.md", "made by: python docs/figures/seven_billion.py") == seven.markdown(json.loads(seven.NUMBERS.read_text())["methods"])
 
 
+def test_the_tables_of_70b_are_those_of_their_numbers():
+    seventy = script("seventy_billion")
+    found = json.loads(seventy.NUMBERS.read_text())["methods"]
+    assert between("docs/scaling.md", "made by: python docs/figures/seventy_billion.py") == seventy.markdown(found)
+    page, gorp = (ROOT / "docs" / "scaling.md").read_text(), found["`gorp`, `rank: 8`"]["sent"]
+    assert f"sends {gorp['gradients_gathered_instead'] / gorp['a_choice']:.0f} times fewer bytes" in page
+    assert f"as much as {(gorp['a_step']['weights'] + gorp['a_step']['gradients']) / gorp['a_choice']:.0f} choices" in page
+    memory = json.loads((ROOT / "benchmarks" / "results" / "sharding_memory.json").read_text())
+    assert all(f"| {name} | {one['peak_bytes'] / 1e9:.2f} | {one['measured'] / 1e9:.2f} |" in page for name, one in memory.items())
+
+
+@pytest.mark.slow
+def test_the_numbers_of_70b_are_what_estimate_says_now():
+    seventy = script("seventy_billion")
+    written, now = json.loads(seventy.NUMBERS.read_text())["methods"], seventy.plan()
+    assert written.keys() == now.keys()
+    for name in now:
+        for key in ("a_step", "a_choice"):
+            assert now[name]["sent"][key] == pytest.approx(written[name]["sent"][key]), f"{name}: run python docs/figures/seventy_billion.py"
+        assert sum(now[name]["peak"].values()) == pytest.approx(sum(written[name]["peak"].values()), rel=0.02)
+
+
 @pytest.mark.slow
 def test_the_numbers_of_7b_are_what_estimate_says_now():
     seven = script("seven_billion")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -240,3 +241,79 @@ def test_bad_input_and_no_trace_left(small_run, forgetless_, tmp_path):
     with pytest.raises(ConfigError):
         estimate(load_config(small_run("gorp")), gpu="abacus")
     assert not (tmp_path / "run").exists() and duration(7200) == "2.0 h"
+
+
+# -- several processes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_of_processes_that_each_hold_the_model_one_has_buckets_beside_it(small_run, folder):
+    train = {key: value for key, value in small_run()["train"].items() if key != "max_steps"}
+    config = load_config(small_run("seqft", model=folder) | {"train": train | {"num_train_epochs": 2, "per_device_train_batch_size": 1}})
+    one, four = estimate(config, closed=0.0), estimate(config, closed=0.0, world=4)
+    assert four["peak"] == one["peak"] | {"exchange": one["peak"]["gradients"], "process": four["peak"]["process"]}
+    assert four["sent"]["a_step"] == {"gradients": 2 * 0.75 * one["peak"]["gradients"], "coordinates": 0} and not four["sent"]["a_choice"]
+    assert "sent" not in one and all(2 * math.ceil(n // 2 / 4) == four["steps"][name] for name, n in one["steps"].items())
+
+
+@pytest.mark.parametrize("name", ["seqft", "gorp", "gorp-paper", "osft", "osft-adapter", "lora", "gpm", "olora"])
+def test_of_processes_that_share_the_model_one_has_its_rows(name, folder, small_run):
+    method = METHODS.get(name, {"name": name})
+    config = load_config(small_run(method, model=folder) | {"train": small_run()["train"] | {"weight_decay": 0.1}})
+    shared = load_config(small_run(method, model=folder) | {"train": small_run()["train"] | {"weight_decay": 0.1}, "sharding": "fsdp2"})
+    one, three = estimate(config, closed=0.0), estimate(shared, closed=0.0, world=3)
+    parameters = list(models.load(folder)[0].parameters())
+    assert three["peak"]["weights"] == sum(-(-p.shape[0] // 3) * p[0].numel() * p.element_size() for p in parameters)
+    assert three["peak"]["gradients"] < 0.5 * sum(p.nbytes for p in parameters) and three["peak"]["optimizer_state"] < one["peak"]["optimizer_state"]
+    assert three["between_tasks_bytes"] > one["peak"]["weights"] + three["peak"]["optimizer_state"]  # whole again, beside what trained them
+    assert three["peak_bytes"] == max(sum(three["peak"].values()), three["between_tasks_bytes"])
+    total = sum(p.nbytes for p in parameters)
+    weights = three["sent"]["a_step"]["weights"]
+    assert weights == pytest.approx(2 * 2 / 3 * total) if name in ("seqft", "gorp", "osft", "gpm") else weights > 2 * 2 / 3 * total  # adapters too
+    assert (three["sent"]["a_choice"] > 0) == (name == "gorp-paper")
+    assert (three["sent"]["a_step"]["statistics"] > 0) == (name in ("gorp", "olora"))  # a first moment is spread, and needs nothing sent
+    alone = estimate(shared, closed=0.0)  # one process trains as without the key
+    assert alone["peak"] | {"process": 0} == one["peak"] | {"process": 0}
+
+
+@pytest.mark.parametrize("space_from, side", [("sketch", "inputs"), ("sketch", "outputs"), ("first_moment", "inputs")])
+def test_statistics_of_processes_that_share_the_model(space_from, side, small_run, folder):
+    method = {"name": "gorp", "space_from": space_from, "side": side, "rank": 2}
+    one, two = (estimate(load_config(small_run(method, model=folder) | {"sharding": "fsdp2"}), closed=0.0, world=w) for w in (1, 2))
+    ratio = two["peak"]["method_statistics"] / one["peak"]["method_statistics"]
+    assert (
+        ratio == pytest.approx(0.5, abs=0.01) if space_from == "first_moment" else 0.5 < ratio <= 1
+    )  # a sketch is whole; probes of let-go gradients wait in one process only
+
+
+def test_max_rank_bounds_what_is_assumed_closed(small_run, folder):
+    free, bound = (estimate(load_config(small_run({"name": "gorp", "max_rank": most}, model=folder)), closed=0.5) for most in (None, 2))
+    assert 0 < bound["disk"]["spaces"] < free["disk"]["spaces"] and bound["peak"]["optimizer_state"] < free["peak"]["optimizer_state"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({"method": {"name": "ogd"}, "sharding": "fsdp2"}, {"world": 2}, "method ogd reads whole weights or gradients"),
+        ({"method": {"name": "gorp", "rank": 2, "release_gradients": True}}, {"world": 2}, "release_gradients works in one process"),
+        ({}, {"world": 2, "link": 0.0}, "--link 0: at least one process, and a rate above 0"),
+        ({}, {"world": 0}, "--world 0"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said(changes, options, said, small_run, folder):
+    with pytest.raises(ConfigError, match=said):
+        estimate(load_config(small_run("gorp", model=folder) | changes), **options)
+
+
+def test_a_slower_link_takes_longer_and_the_command_says_what_is_sent(small_run, folder, tmp_path, capsys):
+    from typer.testing import CliRunner
+
+    from forgetless.cli import app
+
+    config = small_run({"name": "gorp", "rank": 2}, model=folder) | {"sharding": "fsdp2"}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(config))
+    fast, slow = (estimate(load_config(config), world=2, link=rate)["sent"] for rate in (10e9, 5e9))
+    assert slow["seconds_a_step"] == pytest.approx(2 * fast["seconds_a_step"]) and slow["seconds_a_choice"] > fast["seconds_a_choice"]
+    said = CliRunner().invoke(app, ["estimate", str(path), "--world", "2", "--link", "5"]).output
+    assert "by each of 2 processes in a step: weights" in said and "at 5 GB/s" in said and "to choose directions" in said
+    assert "sent" not in CliRunner().invoke(app, ["estimate", str(path)]).output

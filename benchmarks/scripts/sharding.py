@@ -2,7 +2,7 @@
 
     python benchmarks/scripts/sharding.py              # on a CPU, gloo, fp32, one thread a process; writes benchmarks/results/sharding.json
     python benchmarks/scripts/sharding.py markdown     # the table of docs/scaling.md
-    python benchmarks/scripts/sharding.py plan         # its other table: 70B on 64 GPUs, by arithmetic
+    python benchmarks/scripts/sharding.py memory       # peaks of two processes beside what `forgetless estimate --world 2` says; sharding_memory.json
 
 gorp, 8 directions a weight, chosen anew every 5 steps, no adapters; a step is 4 rows: of one process, or 2 each of two.
 """
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -114,56 +116,58 @@ def markdown(found: dict[str, Any]) -> None:
     print(f"\nFewer bytes by {found['fewer_bytes_a_refresh']:.0f}; torch {torch.__version__}")
 
 
-# -- by arithmetic ---------------------------------------------------------------------------------------------------------------------
+# -- what was planned for several processes, held to what they took -----------------------------------------------------------------------
 
-LAYERS = 80  # of Llama-3.1-70B; (out, in) of a layer's matrices
-SHAPES = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
-REST = 2 * 128256 * 8192  # embedding and head, frozen
-LINK = 50e9  # bytes a second between two GPUs of different machines: a 400 Gb/s adapter each, from the data sheet
-
-
-def refresh_numbers(n: int, rank: int, processes: int) -> float:
-    """Numbers a process sends to choose `rank` of n input directions (optim/coordinates.choose, "cold"): rings, as sharding.Sent counts them."""
-    l, share = 2 * rank, 1 - 1 / processes
-    sums = 2 * n * l + 1  # G^T U twice; the scale
-    triangles = processes * l * l  # of the tall QR
-    return share * (2 * sums + triangles)
+MEMORY = RESULTS / "sharding_memory.json"
+RUNS = {  # name: (method, further keys of the config, steps); gorp's sketch is full after 17 steps
+    "seqft, each with the whole model": ({"name": "seqft"}, {}, 6),
+    "seqft, shared": ({"name": "seqft"}, {"sharding": "fsdp2"}, 6),
+    "gorp, 8 directions, shared": ({"name": "gorp", "rank": RANK}, {"sharding": "fsdp2"}, 20),
+    "osft, shared": ({"name": "osft"}, {"sharding": "fsdp2"}, 6),
+}
 
 
-def plan(processes: int = 64, rank: int = RANK, kept: int = 256, sketch: int = 64) -> None:
-    weights = LAYERS * sum(m * n for m, n in SHAPES)
-    inputs = LAYERS * sum(n for _, n in SHAPES)
-    gib = 1 << 30
-    block = max(sum(m * n for m, n in SHAPES), REST) * 2
-    rows = {
-        "weights in bf16, own rows": (weights + REST) * 2 / processes,
-        "their fp32 masters, own rows": weights * 4 / processes,
-        "gradients in bf16, own rows": weights * 2 / processes,
-        f"moments in {rank} directions, own rows": LAYERS * sum(2 * m * rank * 4 for m, _ in SHAPES) / processes,
-        f"the {rank} directions, whole": inputs * rank * 4,
-        f"gorp's spaces at max_rank: {kept}, whole": inputs * kept * 4,
-        f"the task's sketch at sketch_size: {sketch}, whole": inputs * (2 * sketch + 16) * 4,
-        "the largest part that is whole while it computes, and its gradient": 2 * block,
-    }
-    print("| held by a process | GiB |\n|---|---|")
-    for name, size in rows.items():
-        print(f"| {name} | {size / gib:.1f} |")
-    print(f"| together, without activations | {sum(rows.values()) / gib:.1f} |")
-    sent = 4 * LAYERS * sum(refresh_numbers(n, rank, processes) for _, n in SHAPES)
-    gather = 4 * weights * (1 - 1 / processes)
-    sketched = 4 * LAYERS * sum(2 * 16 * n for _, n in SHAPES)
-    print("\n| sent by a process | GB | seconds at 50 GB/s |\n|---|---|---|")
-    for name, size in (
-        ("all directions chosen anew", sent), ("all gradients gathered instead", gather), ("the sketch, every step", sketched),
-        ("fully_shard itself, every step: weights twice, gradients once, in bf16", 3 * 2 * (weights + REST)),
-    ):  # fmt: skip
-        print(f"| {name} | {size / 1e9:.2f} | {size / LINK:.3f} |")
-    print(f"\nfewer by {gather / sent:.0f}")
+def memory() -> None:
+    """Runs of one task by two processes on this machine: the first process' peak beside that of `forgetless estimate --world 2`.
+
+    Large pieces of memory go back to the system at once (MALLOC_MMAP_THRESHOLD_): left to itself glibc's heap keeps what gathered blocks leave behind, and a shared model's
+    resident memory grows by two thirds within ten steps.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    found = json.loads(MEMORY.read_text()) if MEMORY.exists() else {}
+    for name, (method, keys, steps) in RUNS.items():
+        if name in found:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="forgetless-"))
+        config = {
+            "model": "bundled:smollm2-135m", "tasks": [{"name": "cities", "suite": "demo/cities"}], "method": method, "output_dir": str(folder / "run"),
+            "train": {"learning_rate": 1e-4, "max_steps": steps, "per_device_train_batch_size": 4, "use_cpu": True}, "evaluate": {"limit": 32},
+        } | keys  # fmt: skip
+        path = folder / "run.yaml"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        planned = subprocess.run(
+            [sys.executable, "-m", "forgetless", "estimate", str(path), "--world", "2", "--closed", "0", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "forgetless", "run", str(path)]
+        subprocess.run([sys.executable, *launcher], check=True, env=environment | {"MALLOC_MMAP_THRESHOLD_": "200000"})
+        events = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
+        peak = next(event["peak_bytes"] for event in events if event["event"] == "task")
+        estimate = json.loads(planned.stdout)
+        found[name] = {"measured": peak, **{key: estimate[key] for key in ("peak", "peak_bytes", "between_tasks_bytes")}}
+        MEMORY.write_text(json.dumps(found, indent=1))
+        shutil.rmtree(folder)
+    print("| two processes on one machine | estimated, GB | measured, GB |\n|---|---|---|")
+    for name, one in found.items():
+        print(f"| {name} | {one['peak_bytes'] / 1e9:.2f} | {one['measured'] / 1e9:.2f} |")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["plan"]:
-        plan()
+    if sys.argv[1:] == ["memory"]:
+        memory()
     elif sys.argv[1:] == ["markdown"]:
         markdown(json.loads(FILE.read_text()))
     elif sys.argv[1:]:
