@@ -23,7 +23,7 @@ KINDS = ["qwen3", "gpt2", "t5"]
 METHODS = {
     "seqft": {"name": "seqft"}, "lora": {"name": "lora"}, "inclora": {"name": "inclora"}, "gorp": {"name": "gorp"},
     "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4}, "gorp-both": {"name": "gorp", "rank": 4, "side": "both"}, "gorp-paper": {"name": "gorp", "preset": "paper"},
-    "osft": {"name": "osft"}, "osft-adapter": {"name": "osft", "form": "adapter"},
+    "osft": {"name": "osft", "protect": "weights"}, "osft-adapter": {"name": "osft", "form": "adapter"},
     "osft-adaptive": {"name": "osft", "frozen_ratio": "adaptive", "min_ratio": 0.5, "target_ratio": 0.6, "remember": "union"},
 }  # fmt: skip
 

@@ -208,7 +208,7 @@ def test_ewc_goes_on_beside_an_adapter_that_replaces_what_is_kept(loaded, tasks)
 
 
 @pytest.mark.parametrize("name", ["ewc", "lwf"])
-@pytest.mark.parametrize("on", [{"name": "gorp", "rank": 8}, {"name": "osft"}], ids=["gorp-rank", "osft"])
+@pytest.mark.parametrize("on", [{"name": "gorp", "rank": 8}, {"name": "osft", "protect": "weights"}], ids=["gorp-rank", "osft"])
 def test_a_penalty_reaches_weights_whose_gradients_would_be_let_go(name, on, loaded, tasks, tiny):
     """gorp with a rank and osft read a gradient within backward and let it go, unless something adds to it."""
     after = []

@@ -39,7 +39,7 @@ VARIANTS = {
     "gorp-lora-outputs": {"use_full_rank": False, "use_lora": True, "side": "outputs"},
     "gorp-branches": {"use_lora": True}, "gorp-branches-rank": {"use_lora": True, "rank": 4},
     "gorp-branches-no_space": {"use_lora": True, "use_shared_space": False}, "gorp-paper": {"preset": "paper"},
-    "osft": {}, "osft-paper": {"block": "paper"}, "osft-schedule": {"frozen_ratio": "schedule", "tasks": 4},
+    "osft": {"protect": "weights"}, "osft-paper": {"block": "paper"}, "osft-schedule": {"frozen_ratio": "schedule", "tasks": 4},
     "osft-inputs": {"protect": "inputs"}, "osft-both": {"protect": "both"}, "osft-kept": {"release_gradients": False},
     "osft-union": {"remember": "union"}, "osft-union-paper": {"remember": "union", "block": "paper"}, "osft-union-both": {"remember": "union", "protect": "both"},
     "osft-adaptive": {"frozen_ratio": "adaptive", "target_ratio": 0.5},

@@ -105,7 +105,7 @@ def span_distance(V, W) -> float:
 # -- the same numbers ----------------------------------------------------------------------------------------------------------------------
 
 METHODS = {
-    "seqft": {}, "gorp": {}, "gorp-rank": {"rank": 8}, "gorp-branches": {"use_lora": True, "rank": 4}, "osft": {}, "osft-adapter": {"form": "adapter"},
+    "seqft": {}, "gorp": {}, "gorp-rank": {"rank": 8}, "gorp-branches": {"use_lora": True, "rank": 4}, "osft": {"protect": "weights"}, "osft-adapter": {"form": "adapter"},
     "osft-inputs": {"protect": "inputs"}, "gpm": {}, "migu": {}, "sara": {}, "lora": {}, "inclora": {}, "olora": {}, "inflora": {},
     "ewc-gorp": {"on": {"name": "gorp", "energy": 0.5}}, "ogd": {}, "treelora": {}, "esacl": {}, "nlora": {}, "ella": {"strength": 1.0}, "slao": {}, "ewc": {},
     "lines": {"on": {"name": "gorp"}}, "merge": {"on": "inclora"}, "sara-nuclear": {"nuclear": 0.01, "share": 0.2}, "gorp-paper": {"preset": "paper"},
@@ -295,7 +295,9 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("alone", [False, True], ids=["with the callback", "the optimizer alone"])
 @pytest.mark.parametrize(
-    ("name", "options"), [("gorp", {}), ("gorp", {"rank": 8}), ("gpm", {}), ("osft", {})], ids=["gorp", "gorp-rank", "gpm", "osft"]
+    ("name", "options"),
+    [("gorp", {}), ("gorp", {"rank": 8}), ("gpm", {}), ("osft", {"protect": "weights"})],
+    ids=["gorp", "gorp-rank", "gpm", "osft"],
 )
 def test_nothing_leaks_in_a_trainer_with_decay_clipping_and_accumulation(tiny, tasks, tmp_path, name, options, alone):
     model, _, _ = in_a_trainer(tmp_path, tiny, tasks[:1], name, options, dtype=torch.float32)
@@ -564,7 +566,7 @@ RESUMED = {
     "gorp-branches": {"use_lora": True, "rank": 4},
     "sara": {},
     "ewc-gorp": {"on": {"name": "gorp", "energy": 0.5}},
-    "osft": {},
+    "osft": {"protect": "weights"},
     "esacl": {},
     "treelora": {},
 }
@@ -628,7 +630,7 @@ def test_a_state_that_does_not_fit_is_refused(tiny, tmp_path, tasks):
         fl.ContinualCallback("gorp", state=tmp_path)
     with pytest.raises(DataError, match="no method.safetensors"):
         fl.optimizer_cls_and_kwargs("gorp", state=tmp_path / "nowhere")
-    in_a_trainer(tmp_path, tiny, tasks[:1], "osft", {})
+    in_a_trainer(tmp_path, tiny, tasks[:1], "osft", {"protect": "weights"})
     with pytest.raises(ConfigError, match="spaces of no layer, and method gorp would protect nothing"):
         fl.ContinualCallback("gorp", state=tmp_path / "colour").begin(models.load(tiny)[0])
     V = torch.eye(16)[:, :2]

@@ -24,7 +24,7 @@ from forgetless.methods import get
 METHODS = {
     "seqft": {"name": "seqft"}, "lora": {"name": "lora", "lora_rank": 2}, "gorp": {"name": "gorp"}, "gorp-all": {"name": "gorp", "use_lora": True, "rank": 4},
     "gorp-paper": {"name": "gorp", "preset": "paper"}, "gorp-free": {"name": "gorp", "use_shared_space": False},
-    "osft": {"name": "osft"}, "osft-adapter": {"name": "osft", "form": "adapter"},
+    "osft": {"name": "osft", "protect": "weights"}, "osft-adapter": {"name": "osft", "form": "adapter"},
     "osft-thin": {"name": "osft", "form": "adapter", "thin": True}, "osft-both": {"name": "osft", "protect": "both"},
 }  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_a_longer_side_stays_whole():
 @pytest.mark.parametrize(
     ("options", "k"),
     [
-        ({}, [6, 6, 6]),
+        ({"protect": "weights"}, [6, 6, 6]),
         ({"frozen_ratio": 0.3}, [3, 3, 3]),
         ({"frozen_ratio": 0}, [0, 0, 0]),
         ({"frozen_ratio": 5}, [5, 5, 5]),
@@ -173,6 +173,27 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
 
 
 @pytest.mark.parametrize(
+    ("options", "protects"),
+    [
+        ({}, "inputs"),
+        ({"protect_energy": 0.5, "max_share": 0.5, "form": "coordinates", "thin": False, "release_gradients": False}, "inputs"),
+        ({"protect": "both"}, "both"),
+        ({"protect": "inputs", "form": "adapter"}, "inputs"),
+        ({"frozen_ratio": 0.5}, "weights"),
+        ({"block": "low_low"}, "weights"),
+        ({"remember": "union"}, "weights"),
+        ({"form": "adapter"}, "weights"),
+        ({"release_gradients": True}, "weights"),
+    ],
+    ids=str,
+)
+def test_what_is_protected_where_nobody_says(options, protects):
+    """Inputs, unless something is said of the weights' directions; spelt out in run.yaml, so that it stays so."""
+    found = get("osft", **options).options
+    assert found.protect == protects and type(found)(**found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"frozen_ratio": 1.0}, "1.0 is no share"),
@@ -190,9 +211,9 @@ def test_the_schedule_goes_up_by_one_nth_a_task_and_stays_there():
         ({"frozen_ratio": {"l0": 0.5}}, "no pattern that matches l1"),
         ({"target_modules": ["l9"]}, "matches no linear layer"),
         ({"protect": "inputs", "frozen_ratio": 0.6}, "mean nothing"),
-        ({"protect_energy": 0.5}, "means nothing"),
+        ({"protect": "weights", "protect_energy": 0.5}, "means nothing"),
         ({"frozen_ratio": "adaptive"}, "finds no blocks"),
-        ({"max_share": 0.5}, "means nothing"),
+        ({"protect": "weights", "max_share": 0.5}, "means nothing"),
         ({"min_ratio": 0.5}, "adaptive only"),
         ({"remember": "union", "protect": "inputs"}, "mean nothing"),
         ({"form": "adapter", "block": "paper"}, "no form: adapter"),
@@ -265,7 +286,7 @@ def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_pa
     timing = (fl.run(config).path / "timing.jsonl").read_text().splitlines()
     assert json.loads(timing[-1])["update_leak"] < 1e-5  # measured: something was closed in the first task
     with pytest.raises(ConfigError, match="protect: inputs"):
-        fl.run(config | {"method": {"name": "osft"}, "output_dir": str(tmp_path / "other")})
+        fl.run(config | {"method": {"name": "osft", "protect": "weights"}, "output_dir": str(tmp_path / "other")})
 
 
 # -- forms ---------------------------------------------------------------------------------------------------------------------------------
@@ -274,7 +295,7 @@ def test_protect_from_closes_inputs_where_osft_looks_at_inputs(small_run, tmp_pa
 def trained(steps=12, rounds=2, micro=1, rows=16, shapes=SHAPES, own=True, **options):
     """The model after so many tasks of so many steps on a regression, its leaks, and the method and memory that made it. own: by the method's own optimizer."""
     model, memory, leaks = Chain(shapes), Memory(), []
-    method = get("osft", **options)
+    method = get("osft", **{"protect": "weights"} | options)
     for task in range(rounds):
         method.begin_task(model, None, memory)
         settings = dict(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
@@ -375,7 +396,7 @@ def test_an_adapter_needs_a_task_begun_and_a_layer_with_a_forward_of_its_own_kee
             return 2 * super().forward(x)
 
     model = torch.nn.ModuleDict({"a": Twice(12, 12, bias=False, dtype=torch.float64)})
-    method, x = get("osft"), torch.randn(3, 12, dtype=torch.float64)
+    method, x = get("osft", protect="weights"), torch.randn(3, 12, dtype=torch.float64)
     before = model["a"](x)
     method.begin_task(model, None, Memory())
     optimizer = method.optimizer(method.param_groups(model), lr=1e-2)
@@ -471,7 +492,7 @@ def test_a_model_whose_layers_release_their_gradients_computes_what_it_did(kind,
     from forgetless.batches import Collate, answer_loss
 
     model, tokenizer = models.load(make_model_folder(tmp_path / "m", kind=kind))
-    method, seen = get("osft"), []
+    method, seen = get("osft", protect="weights"), []
     method.begin_task(model, None, Memory())
     task = Task("t", "{sentence}", [], [], [])
     batch = Collate(model)([task.encode(tokenizer, Example(s, "red", 0)) for s in ("cat red dog", "happy")])
@@ -497,7 +518,7 @@ def test_a_model_whose_layers_release_their_gradients_computes_what_it_did(kind,
 
 
 def test_a_copy_of_a_model_whose_gradients_are_released_computes_with_its_own_weights():
-    model, method = Chain(SHAPES[:1]), get("osft")
+    model, method = Chain(SHAPES[:1]), get("osft", protect="weights")
     method.begin_task(model, None, Memory())
     optimizer = method.optimizer(method.param_groups(model), lr=1e-2)
     again = copy.deepcopy(model)
@@ -514,7 +535,7 @@ def test_a_copy_of_a_model_whose_gradients_are_released_computes_with_its_own_we
 
 def test_a_released_gradient_is_gone_before_the_next_one_is_there():
     shapes = ((12, 12),) * 4
-    model, method = Chain(shapes), get("osft")
+    model, method = Chain(shapes), get("osft", protect="weights")
     method.begin_task(model, None, Memory())
     optimizer, alive = SubspaceAdamW([g | {"release": True} for g in method.param_groups(model)], lr=1e-2), []
     for p in model.parameters():  # after the optimizer's own hooks, which come first
@@ -658,7 +679,7 @@ def test_a_resumed_task_does_not_decompose_again(call, small_run, monkeypatch):
     monkeypatch.setattr(decomposition, "split", lambda W, k: made.append(k) or split(W, k))
     released, release = [], importlib.import_module("forgetless.optim.released").release
     monkeypatch.setattr("forgetless.optim.released.release", lambda layer, optimizer: released.append(layer) or release(layer, optimizer))
-    config = small_run("osft", tasks=("colour",), checkpoint_every=2)
+    config = small_run({"name": "osft", "protect": "weights"}, tasks=("colour",), checkpoint_every=2)
     with monkeypatch.context() as patch:
         patch.setattr("forgetless.trainer.answer_loss", killed_at(call))
         with pytest.raises(KeyboardInterrupt):

@@ -172,7 +172,7 @@ CASES = {
     "accumulation": (dict(method="gorp", train={"gradient_accumulation_steps": 2}), None),
     "bf16": (dict(method="seqft", train={"bf16": True}), "dropout"),
     "checkpointing": (dict(method="lora", train={"gradient_checkpointing": True}), None),
-    "released": (dict(method={"name": "osft"}), None),
+    "released": (dict(method={"name": "osft", "protect": "weights"}), None),
     "released, rank": (dict(method={"name": "gorp", "rank": 4, "release_gradients": True}), None),
     "packing": (dict(method="lora", packing=True), None),
 }

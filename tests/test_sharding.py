@@ -92,7 +92,7 @@ METHODS = {
     "lora": {"name": "lora", "lora_dropout": 0.0},
     "inclora": {"name": "inclora", "lora_dropout": 0.0},
     "olora": {"name": "olora", "lora_dropout": 0.0, "l2": 0.001},
-    "osft": {"name": "osft"},
+    "osft": {"name": "osft", "protect": "weights"},
     "osft-paper": {"name": "osft", "block": "paper"},
     "osft-adapter": {"name": "osft", "form": "adapter"},
     "ewc": {"name": "ewc"},

@@ -24,7 +24,8 @@ from runs import RESULTS, ROOT
 FILE = RESULTS / "disk.json"
 RUNS = ROOT / "runs" / "disk"
 TASKS = ("cities", "polarity", "kinds")
-METHODS: dict[str, dict[str, Any]] = {name: {"name": name} for name in ("seqft", "gorp", "osft", "lora", "olora", "replay", "routed")}
+METHODS: dict[str, dict[str, Any]] = {name: {"name": name} for name in ("seqft", "gorp", "lora", "olora", "replay", "routed")}
+METHODS["osft"] = {"name": "osft", "protect": "weights"}
 KEEPS = ("all", "last 1", "last 2", "tagged")  # tagged: one task beside the current one
 PARTS = ("model", "state", "predictions", "rest")
 SEVEN_B = dict(

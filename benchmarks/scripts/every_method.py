@@ -19,10 +19,7 @@ ADAPTERS = 1e-3
 WEIGHTS = 1e-4
 PROMPTS = 3e-2
 METHODS: dict[str, tuple[dict, float]] = {
-    **{
-        name: ({"name": name}, WEIGHTS)
-        for name in ("seqft", "gorp", "osft", "gpm", "migu", "sara", "esacl", "ewc", "lwf", "replay", "lines", "merge")
-    },
+    **{name: ({"name": name}, WEIGHTS) for name in ("seqft", "gorp", "gpm", "migu", "sara", "esacl", "ewc", "lwf", "replay", "lines", "merge")},
     **{
         name: ({"name": name}, ADAPTERS)
         for name in ("lora", "inclora", "olora", "nlora", "inflora", "ella", "slao", "treelora", "badam", "routed", "gainlora")
@@ -31,6 +28,7 @@ METHODS: dict[str, tuple[dict, float]] = {
         {"name": "ogd", "modules": "linear", "samples": 2, "keep_in": "bf16"},
         WEIGHTS,
     ),  # 0.4 GB a task; its own 20 of all weights take 11
+    "osft, weights": ({"name": "osft", "protect": "weights"}, WEIGHTS),
     "osft, inputs": ({"name": "osft", "protect": "inputs"}, WEIGHTS),
     "replay, on_policy": ({"name": "replay", "mode": "on_policy"}, WEIGHTS),
     "replay, self_synthesised": ({"name": "replay", "mode": "self_synthesised"}, WEIGHTS),

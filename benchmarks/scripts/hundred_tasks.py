@@ -33,7 +33,7 @@ FILLERS = [f"word{i}" for i in range(40)]
 CODE = 2  # raised by hand when the library's part of the work has changed
 CONFIGS: dict[str, dict[str, Any]] = {
     "gorp, max_rank": {"name": "gorp", "max_rank": MAX_RANK}, "add": {"name": "gorp", "max_rank": MAX_RANK}, "gorp": {"name": "gorp"}, "seqft": {"name": "seqft"},
-    "osft": {"name": "osft"},
+    "osft": {"name": "osft", "protect": "weights"},
 }  # fmt: skip
 Column = dict[str, list]
 

@@ -18,7 +18,7 @@ METHODS = {  # what stands in the table: (method, other keys of the config)
     "`seqft`": ({"name": "seqft"}, {}),
     "`gorp`": ({"name": "gorp"}, {}),
     "`gorp`, `rank: 8`": ({"name": "gorp", "rank": 8}, {}),
-    "`osft`, half closed": ({"name": "osft"}, {}),
+    "`osft`, half closed": ({"name": "osft", "protect": "weights"}, {}),
     "`osft`, `form: adapter`, `quantize: 4bit`": ({"name": "osft", "form": "adapter", "frozen_ratio": 0.75}, {"quantize": "4bit"}),
     "`lora`": ({"name": "lora"}, {}),
     "`lora`, `quantize: 4bit`": ({"name": "lora"}, {"quantize": "4bit"}),

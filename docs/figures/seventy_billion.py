@@ -19,7 +19,7 @@ METHODS = {
     "`seqft`": {"name": "seqft"},
     "`gorp`": {"name": "gorp", "max_rank": 256, "sketch_size": 64},
     "`gorp`, `rank: 8`": {"name": "gorp", "rank": 8, "max_rank": 256, "sketch_size": 64},
-    "`osft`, half closed": {"name": "osft"},
+    "`osft`, half closed": {"name": "osft", "protect": "weights"},
 }
 PARTS = {  # of the estimate's peak, as the table names them
     "weights": "weights, own rows", "gradients": "gradients, own rows", "optimizer_state": "moments and fp32 masters, own rows; bases, whole",

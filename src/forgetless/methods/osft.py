@@ -74,8 +74,9 @@ class OSFTOptions(Options):
     """With frozen_ratio: adaptive, the share for a block of mean importance (the paper's trr), and of every block while none has been measured."""
     remember: Literal["spectrum", "union"] = "spectrum"
     """What of the weights is closed: the leading directions as they are now, or beside them those closed for earlier tasks, strongest first."""
-    protect: Literal["weights", "inputs", "both"] = "weights"
-    """What is closed: the weights' leading directions, those of the layers' inputs on the tasks learned so far, or both."""
+    protect: Literal["weights", "inputs", "both"] | None = None
+    """What is closed: the weights' leading directions (the paper's method), those of the layers' inputs on the tasks learned so far, or both. Absent: inputs, or the
+    weights where another option speaks of their directions (block, frozen_ratio, remember, form: adapter, thin, release_gradients)."""
     protect_energy: float = Field(0.9, gt=0, le=1)
     """With inputs or both: the share of a task's input energy, and of protect_from's prompts', that is closed after it."""
     max_share: float = Field(0.75, gt=0, lt=1)
@@ -96,6 +97,9 @@ class OSFTOptions(Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{where}: no regular expression ({error})") from None
+        if self.protect is None:
+            named = self.model_fields_set & {"block", "frozen_ratio", "remember"}
+            self.protect = "weights" if named or self.form == "adapter" or self.thin or self.release_gradients else "inputs"
         given = {
             name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
         }  # a run's run.yaml spells the defaults out
@@ -148,11 +152,11 @@ class Part:
 
 class OSFT(Method):
     name = "osft"
-    summary = "constrained full fine-tuning: updates stay off the leading singular directions of each weight"
+    summary = "constrained full fine-tuning: updates stay off the input directions that learned tasks use, or off the leading singular directions of each weight"
     paper = "arXiv 2504.07097"
     constrained = True
-    extra_forward = "with protect: inputs or both, or frozen_ratio: adaptive: a pass over 200 rows, at a task's end"
-    bytes_a_task = "none; directions of every layer, within max_share, with protect: inputs or both, or remember: union"
+    extra_forward = "a pass over 200 rows, at a task's end; none with protect: weights but for frozen_ratio: adaptive"
+    bytes_a_task = "none; directions of every layer's inputs, within max_share; with protect: weights those of remember: union"
     Options = OSFTOptions
 
     def __init__(self, /, **options: Any):
