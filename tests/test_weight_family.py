@@ -258,6 +258,27 @@ def test_migu_counts_no_padding_and_no_block_that_is_computed_again(kind, tmp_pa
         torch.testing.assert_close(again[name], alone[name], rtol=1e-9, atol=0)
 
 
+def test_migu_counts_no_padding_of_labels_that_the_model_shifts_itself(tmp_path):
+    """As a foreign collator has them: no decoder_input_ids. The same sums as of our own batch, whose second answer is two tokens shorter."""
+    model, _ = models.load(make_model_folder(tmp_path / "m", kind="t5"), dtype=torch.float64)
+    rows = [{"input_ids": [5, 6, 7, 8, 9, 4, 1], "labels": [-100] * 4 + [9, 4, 1]}, {"input_ids": [7, 8, 6, 1], "labels": [-100] * 3 + [1]}]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    own, found = Collate(model)(rows), []
+    for batch in (own, {key: own[key] for key in ("input_ids", "attention_mask", "labels")}):
+        method = get("migu")
+        method.begin_task(model.train(), None, Memory(info=ONE_LEARNED))
+        model(**batch)
+        found.append({name: n.clone() for name, n in method.sums.items()})
+        method.end_task(model, None, Memory())
+    assert (own["labels"] == -100).any()
+    for name, n in found[0].items():
+        torch.testing.assert_close(found[1][name], n, rtol=1e-9, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_migu_is_seen_in_a_run_from_the_second_task_on(small_run, tiny):
     """Of one step a task: in the first every row moves, in the second three of ten. The record speaks of no leak over a task."""
     config = small_run("migu", tasks=("colour", "animal"))

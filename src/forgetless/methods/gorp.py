@@ -206,7 +206,9 @@ class GORP(Method):
         if self.options.release_gradients and self.processes > 1:
             raise ConfigError("method gorp: release_gradients works in one process: gradients are exchanged whole; take it out")
         if self.options.release_gradients and self.whole_gradients:
-            raise ConfigError("method gorp: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
+            raise ConfigError(
+                "method gorp: release_gradients lets go of gradients that a penalty beside it adds to, or a training loop that is not forgetless' reads; take it out"
+            )
 
     @property
     def releases(self) -> bool:

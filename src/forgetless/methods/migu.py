@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .. import distributed
+from ..batches import IGNORED
 from ..errors import ConfigError
 from ..models import logical
 from ..optim import rounding
@@ -127,9 +128,11 @@ def _sum_up(model: nn.Module, layers: dict[str, nn.Module], sums: dict[str, Tens
 
     def begin(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            mask, answer = given.get("attention_mask"), given.get("decoder_input_ids")
+            mask, answer, labels = (given.get(key) for key in ("attention_mask", "decoder_input_ids", "labels"))
             real["read"] = real["text"] = None if mask is None else mask.bool()
-            if answer is not None:
+            if encoder is not None and answer is None and labels is not None:  # the model makes its decoder's tokens of them, shifted by one
+                real["text"] = labels != IGNORED
+            elif answer is not None:
                 real["text"] = (answer != 0).flip(1).cumsum(1).flip(1) > 0
                 real["text"][:, 0] = True  # the start token may be 0
 

@@ -191,7 +191,9 @@ class OSFT(Method):
         if self.options.release_gradients and self.processes > 1:
             raise ConfigError("method osft: release_gradients works in one process: gradients are exchanged whole; take it out, or use form: adapter")
         if self.options.release_gradients and self.whole_gradients:
-            raise ConfigError("method osft: release_gradients lets go the gradients that a penalty beside it adds to; take it out")
+            raise ConfigError(
+                "method osft: release_gradients lets go of gradients that a penalty beside it adds to, or a training loop that is not forgetless' reads; take it out"
+            )
 
     def begin_task(self, model: nn.Module, task: Any, memory: Memory) -> nn.Module:
         return self.build(model, memory)
