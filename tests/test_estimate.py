@@ -317,3 +317,5 @@ def test_a_slower_link_takes_longer_and_the_command_says_what_is_sent(small_run,
     said = CliRunner().invoke(app, ["estimate", str(path), "--world", "2", "--link", "5"]).output
     assert "by each of 2 processes in a step: weights" in said and "at 5 GB/s" in said and "to choose directions" in said
     assert "sent" not in CliRunner().invoke(app, ["estimate", str(path)]).output
+    alone = CliRunner().invoke(app, ["estimate", str(path), "--link", "5"])
+    assert alone.exit_code != 0 and "give --world too" in str(alone.exception)

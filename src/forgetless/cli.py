@@ -420,6 +420,8 @@ def estimate(
     quiet_libraries()
     from . import estimate as planner
 
+    if link is not None and world == 1:
+        raise ConfigError("--link is how fast several processes can send; give --world too")
     found = planner.estimate(settings, gpu, planner.CLOSED if closed is None else closed, tokens, world, planner.LINK if link is None else link * 1e9)
     print(json.dumps(found, indent=1)) if as_json else planner.show(found)
 
