@@ -304,6 +304,15 @@ def test_what_several_processes_cannot_do_is_said(changes, options, said, small_
         estimate(load_config(small_run("gorp", model=folder) | changes), **options)
 
 
+def test_every_weight_s_choice_is_counted(small_run, tmp_path):
+    config = load_config(small_run({"name": "gorp", "rank": 2}, model=make_model_folder(tmp_path / "m", kind="llama")) | {"sharding": "fsdp2"})
+    path, sent = tmp_path / "m" / "config.json", {}
+    for layers in (2, 6):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+        sent[layers] = estimate(config, tokens=12, world=2)["sent"]
+    assert all(sent[6][key] == pytest.approx(3 * sent[2][key]) for key in ("a_choice", "exchanges_a_choice", "gradients_gathered_instead"))
+
+
 def test_a_slower_link_takes_longer_and_the_command_says_what_is_sent(small_run, folder, tmp_path, capsys):
     from typer.testing import CliRunner
 

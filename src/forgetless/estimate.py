@@ -90,9 +90,7 @@ class Step:
     vocabulary: int
     exchange: int  # of several processes: what they put together before it is sent, or have whole while it computes
     sent: dict[str, float]  # bytes that a process sends in every step, by what they are
-    kinds: list[
-        tuple[dict[str, Any], Tensor, int]
-    ]  # of those that share the model: (group, one of them, how many) of weights for which alike is exchanged
+    kinds: list[tuple[dict[str, Any], Tensor, int]]  # of a shared model: (group, one of them, how many) of weights for which alike is exchanged
 
 
 def estimate(
