@@ -246,11 +246,12 @@ def sent(group: dict[str, Any], shape: torch.Size, processes: int) -> tuple[Sent
     elsewhere what is closed on a side that is spread is taken off twice.
     """
     constraint, share = group["constraint"], 1 - 1 / processes
+    if constraint is None and not reduced(group):
+        return Sent(), Sent()
     own = of_rows(group | {"constraint": _zeros_like(constraint)}, Spread(shape[0], Imagined(processes)))
     G = torch.randn(own["rows"].held(shape.numel()) // shape[1:].numel(), *shape[1:], generator=seeded(0))
-    dense = constraint is not None and (
-        not reduced(group) or bool(group["weight_decay"]) or not covers(group)
-    )  # the update, once it has the weight's shape
+    # is the update held to the constraint once it has the weight's shape?
+    dense = constraint is not None and (not reduced(group) or bool(group["weight_decay"]) or not covers(group))
 
     def restricted() -> None:
         if dense:
