@@ -156,7 +156,7 @@ class OSFT(Method):
     paper = "arXiv 2504.07097"
     constrained = True
     extra_forward = "a pass over 200 rows, at a task's end; none with protect: weights but for frozen_ratio: adaptive"
-    bytes_a_task = "none; directions of every layer's inputs, within max_share; with protect: weights those of remember: union"
+    bytes_a_task = "new input directions of every layer, until max_share is reached; with protect: weights none but for remember: union"
     Options = OSFTOptions
 
     def __init__(self, /, **options: Any):
