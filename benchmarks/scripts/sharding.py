@@ -1,6 +1,7 @@
 """SmolLM2-135M trained for 20 steps by one process, and by two that share it (`sharding: fsdp2`), on the same rows: losses, captured energy, what each holds and sends.
 
     python benchmarks/scripts/sharding.py              # on a CPU, gloo, fp32, one thread a process; writes benchmarks/results/sharding.json
+    torchrun --nproc_per_node 2 benchmarks/scripts/sharding.py link     # gloo's rate and latency here, and a choice's exchanges foretold by them; sharding_link.json
     python benchmarks/scripts/sharding.py markdown     # the table of docs/scaling.md
     python benchmarks/scripts/sharding.py memory       # peaks of two processes beside what `forgetless estimate --world 2` says; sharding_memory.json
 
@@ -116,6 +117,46 @@ def markdown(found: dict[str, Any]) -> None:
     print(f"\nFewer bytes by {found['fewer_bytes_a_refresh']:.0f}; torch {torch.__version__}")
 
 
+def link(out: str) -> None:
+    """In one of two processes: seconds of an exchange of next to nothing, bytes a second of a large one (gloo, as rings have it), and of a choice of directions as sent."""
+    import statistics
+
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    share, found = 2 * (1 - 1 / dist.get_world_size()), {}
+
+    def seconds(numbers: int, in_a_row: int) -> float:
+        X, times = torch.zeros(numbers), []
+        for _ in range(10):
+            dist.barrier()
+            begun = time.perf_counter()
+            for _ in range(in_a_row):
+                dist.all_reduce(X)
+            times.append((time.perf_counter() - begun) / in_a_row)
+        return statistics.median(times)
+
+    found["seconds_an_exchange"] = seconds(1, 200)  # one after another, as a choice's come
+    found["link_bytes_a_second"] = share * 4 * (1 << 24) / seconds(1 << 24, 4)
+    sizes = [2 * n for n in (576 * 16,) * 6 + (1536 * 16,)] * 30  # a choice of 8 directions for SmolLM2-135M's 210 weights: G^T U twice, a weight
+    times = []
+    for _ in range(10):
+        dist.barrier()
+        begun = time.perf_counter()
+        for n in sizes:
+            for numbers in (n // 2, n // 2, 256, 1):
+                dist.all_reduce(torch.zeros(numbers))
+        times.append(time.perf_counter() - begun)
+    numbers = sum(n + 257 for n in sizes)
+    found |= {"choice_seconds": statistics.median(times), "choice_bytes": share * 4 * numbers, "choice_exchanges": 4 * len(sizes)}
+    found["choice_seconds_foretold"] = found["choice_bytes"] / found["link_bytes_a_second"] + found["choice_exchanges"] * found["seconds_an_exchange"]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        print(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 # -- what was planned for several processes, held to what they took -----------------------------------------------------------------------
 
 MEMORY = RESULTS / "sharding_memory.json"
@@ -168,6 +209,8 @@ def memory() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["memory"]:
         memory()
+    elif sys.argv[1:] == ["link"]:
+        link(str(RESULTS / "sharding_link.json"))
     elif sys.argv[1:] == ["markdown"]:
         markdown(json.loads(FILE.read_text()))
     elif sys.argv[1:]:
