@@ -271,6 +271,29 @@ def planned(case: str, transposed: bool, mesh: Any) -> dict[str, float]:
     return found | {"bytes": optimizer.state_bytes()}
 
 
+def statistics(mesh: Any) -> dict[str, tuple[float, float]]:
+    """{case: (numbers a process sends for gorp's sketches in a step, as planned)}: both sides, either storage, fewer rows than a sketch has probes."""
+    from transformers.pytorch_utils import Conv1D
+
+    from forgetless.methods import get
+    from forgetless.methods.base import Memory
+
+    found = {}
+    for side in ("inputs", "outputs"):
+        for stored, make in (("linear", lambda m, n: nn.Linear(n, m, bias=False)), ("conv1d", lambda m, n: Conv1D(m, n))):
+            model = nn.Sequential(*(make(*shape) for shape in ((40, 24), (24, 40), (8, 40), (40, 8))))
+            method = get("gorp", side=side, sketch_size=16)
+            planned = method.sent_each_step(model) * (1 - 1 / dist.get_world_size())
+            method.begin_task(model, None, Memory())
+            fully_shard(model, mesh=mesh)
+            for p in (p for p in model.parameters() if p.ndim == 2):
+                p.grad = sharding.spread_like(p.detach(), torch.randn(*p.shape, generator=torch.Generator().manual_seed(p.shape[0])))
+            with sharding.counting() as count:
+                method.on_step(model)
+            found[f"{side}, {stored}"] = count.numbers, planned
+    return found
+
+
 def main(out: str) -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -285,6 +308,7 @@ def main(out: str) -> None:
     for case in ("rank-inputs", "either", "directions"):
         found[case] |= {name: look(case, mesh) for name, look in LOOKS.items()}
     found["sent"] = sent(mesh)
+    found["statistics"] = statistics(mesh)
     if dist.get_rank() == 0:
         with open(out, "w") as f:
             json.dump(found, f, indent=1)

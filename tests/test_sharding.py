@@ -80,6 +80,12 @@ def test_what_is_planned_for_several_processes_is_what_they_send_and_hold(case, 
         assert (got["plan_choice"], got["plan_exchanges"]) == (got["choice"], got["exchanges"])
 
 
+@pytest.mark.parametrize("case", [f"{side}, {stored}" for side in ("inputs", "outputs") for stored in ("linear", "conv1d")])
+def test_what_is_planned_for_sketches_is_what_they_send(case, found):
+    sent, planned = found["statistics"][case]
+    assert 0 < planned <= sent <= planned + 40  # norms: a few numbers a weight
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------------------------
 
 # as in test_distributed.py: a spectral gap and exact bases, so that the order of summation cannot choose another subspace

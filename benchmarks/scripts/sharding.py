@@ -164,7 +164,7 @@ RUNS = {  # name: (method, further keys of the config, steps); gorp's sketch is 
     "seqft, each with the whole model": ({"name": "seqft"}, {}, 6),
     "seqft, shared": ({"name": "seqft"}, {"sharding": "fsdp2"}, 6),
     "gorp, 8 directions, shared": ({"name": "gorp", "rank": RANK}, {"sharding": "fsdp2"}, 20),
-    "osft, shared": ({"name": "osft", "protect": "weights"}, {"sharding": "fsdp2"}, 6),
+    "osft, half closed, shared": ({"name": "osft", "protect": "weights"}, {"sharding": "fsdp2"}, 6),
 }
 
 
