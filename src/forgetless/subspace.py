@@ -77,7 +77,7 @@ def project_out_(A: Tensor, V: Tensor | None, columns: Rows = ALONE) -> Tensor:
     return A if once else add_product_(A, columns.sum(product(A, V)), V.mT, alpha=-1)
 
 
-def _less(Y: Tensor, V: Tensor | None, rows: Rows = ALONE) -> Tensor:
+def less(Y: Tensor, V: Tensor | None, rows: Rows = ALONE) -> Tensor:
     """Y (n, l) without its part in span(V), V (n, k): Y - V V^T Y, once, which leaves eps * ||Y|| of it."""
     return Y if V is None or V.shape[1] == 0 else Y - product(V, rows.sum(product(V.mT, Y)))
 
@@ -101,20 +101,20 @@ def orthonormalize(A: Tensor, against: Tensor | None = None, scale: float | Tens
         return A.new_empty(n, min(A.shape[1], n - b))
     if scale is None:
         scale = rows.norm(A)  # Frobenius: within sqrt(k) of the largest singular value, and free
-    P = _less(A, against, rows)
+    P = less(A, against, rows)
     Q, R = rows.qr(P)
     U, s, Vh = torch.linalg.svd(R)
     r = min(int((s > tolerance(A.dtype) * scale).sum()), n - b)  # a host sync; k is small
     # full rank: the orthonormal matrix nearest to P (its polar factor), so that columns keep their meaning: Adam's coordinates are not rotation-free
     Q = Q @ (U @ Vh if r == A.shape[1] else U[:, :r])
     if r and b:  # twice: with scale 0 a column may be what rounding left of one inside `against`
-        Q = _less(_less(Q, against, rows), against, rows)
+        Q = less(less(Q, against, rows), against, rows)
     return _qr(Q, rows) if r else Q.contiguous()
 
 
 def renewed(Q: Tensor, against: Tensor | None = None, rows: Rows = ALONE) -> Tensor:
     """Q (n, k), whose columns are orthonormal and off `against` but for rounding, made so to the last digit; with fewer columns only where that was not so."""
-    P = _less(Q, against, rows)
+    P = less(Q, against, rows)
     if P is not Q and bool(rows.sum(torch.linalg.vector_norm(P, dim=0) ** 2).min() < 0.25):
         return orthonormalize(Q, against, rows=rows)
     return _qr(P, rows)
@@ -144,23 +144,15 @@ def top_subspace(
         return Subspace(columns.own(found.basis).contiguous(), found.energy)
     m, n = rows.shape(A)[0], columns.shape(A.mT)[0]
     k = min(m, n) if k is None else min(k, m, n)
-    if method in ("svd", "gram"):
-        A = project_out(A, off)
+    # a Gram matrix squares the condition number: its small eigenvalues are noise
+    floor = max(tolerance(A.dtype) ** 2, 0 if method == "svd" else 4 * max(m, n) * torch.finfo(torch.float64).eps)
     if method == "power":
         if start is None:
             raise ValueError("top_subspace(method='power') needs `start`, an (n, k) matrix to iterate from")
-        Q = start
-        for i in range(iterations):
-            U = columns.sum(product(A, Q))  # (m, l)
-            U = rows.qr(U)[0] if i == iterations - 1 else U
-            Q = rows.sum(product(A.mT, U))  # (n, l)
-            Q = _less(Q, off, columns)  # once is enough: what is left of `off` would only be found a little less well
-            Q = columns.qr(Q)[0] if i < iterations - 1 else Q
-        # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
-        lam, P = torch.linalg.eigh(columns.sum(Q.mT @ Q).double())
-        lam, P = lam.flip(0), P.flip(1)
-        V, energy = (Q.double() @ P) / lam.clamp_min(torch.finfo(lam.dtype).tiny).sqrt(), lam
-    elif method == "svd":
+        return _iterated(A, k, start, iterations, off, floor, rows, columns)
+    if method in ("svd", "gram"):
+        A = project_out(A, off)
+    if method == "svd":
         _, s, Vh = torch.linalg.svd(A, full_matrices=False)
         V, energy = Vh.mT, s**2
     elif method == "symmetric":
@@ -178,17 +170,34 @@ def top_subspace(
     else:
         raise ValueError(f"top_subspace: unknown method '{method}' (svd, gram, power, symmetric)")
     V, energy = V[:, :k], energy[:k].clamp_min(0)
-    floor = tolerance(A.dtype) ** 2
-    if method != "svd":
-        floor = max(
-            floor, 4 * max(m, n) * torch.finfo(torch.float64).eps
-        )  # a Gram matrix squares the condition number: its small eigenvalues are noise
-    V = V[:, energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)]
+    V = V[:, : _above(energy, floor)]
     energy = energy[: V.shape[1]]
     if method != "svd" and V.shape[1]:
-        V = columns.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
+        V = torch.linalg.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
     # clone: a slice would keep the whole factor alive, and is column-major
     return Subspace(V.to(A.dtype).contiguous().clone(), energy.to(A.dtype).clone())
+
+
+def _iterated(A: Tensor, k: int, start: Tensor, iterations: int, off: Tensor | None, floor: float, rows: Rows, columns: Rows) -> Subspace:
+    """top_subspace(method="power"). What it does to small matrices is most of what it costs, hence as few of them as will do."""
+    Q = start
+    for i in range(iterations):
+        U = columns.sum(product(A, Q))  # (m, l)
+        U = rows.qr(U)[0] if i == iterations - 1 else U
+        Q = rows.sum(product(A.mT, U))  # (n, l)
+        Q = less(Q, off, columns)  # once is enough: what is left of `off` would only be found a little less well
+        Q = columns.qr(Q)[0] if i < iterations - 1 else Q
+    # the right singular directions of U^T A (l, n), whose rows span what the iteration has found
+    lam, P = torch.linalg.eigh(columns.sum(Q.mT @ Q).double())
+    lam = lam.flip(0)[:k]
+    lam = lam[: _above(lam, floor)]
+    V = Q @ (P.flip(1)[:, : len(lam)] / lam.sqrt()).to(Q.dtype)
+    return Subspace(renewed(V, off, columns) if len(lam) else V, lam.to(A.dtype))
+
+
+def _above(energy: Tensor, floor: float) -> int:
+    """How many of the energies, which fall, are above this share of the first."""
+    return int((energy > floor * energy[:1].clamp_min(torch.finfo(energy.dtype).tiny)).sum())
 
 
 def energy_rank(energies: Tensor, threshold: float, held: float = 0.0, total: float | None = None) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..fake import is_fake
 from ..products import product
 from ..sharding import ALONE, Imagined, Rows, Sent, Spread, counting, rows_of
-from ..subspace import Constraint, orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
+from ..subspace import Constraint, less, orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
 from . import moments
 from .rounding import seeded
 
@@ -236,7 +236,7 @@ def best_energy(group: dict[str, Any], G: Tensor) -> Tensor:
 def _start(A: Tensor, n: int, count: int, off: Tensor | None, generator: torch.Generator, columns: Rows) -> Tensor:
     """Own rows of (n, count) random directions, off `off`, for subspace iteration on A (m, n)."""
     start = columns.own(torch.randn(n, min(count, n), generator=generator, dtype=torch.float32)).to(A.device, A.dtype)
-    return project_out_(start.mT, off, columns).mT
+    return less(start, off, columns)
 
 
 def sent(group: dict[str, Any], shape: torch.Size, processes: int) -> tuple[Sent, Sent]:
@@ -324,6 +324,7 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
     old = state.get("basis")
     if group["refresh"] in ("svd", "exact"):
         found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=off, rows=rows, columns=columns)
+        found.basis = renewed(found.basis, V, columns) if found.rank else found.basis
     elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
         found = top_subspace(A, r, "power", start=old, iterations=1, off=off, rows=rows, columns=columns)
     else:
@@ -332,7 +333,7 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
         found = top_subspace(A, r, "power", start=start, off=off, rows=rows, columns=columns)
     if not found.energy.sum().sqrt() > tolerance(A.dtype) * scale:
         return False  # the whole gradient lies in the protected space
-    Q = renewed(found.basis, V, columns)
+    Q = found.basis
     # (m, r): A Q = P diag(sigma) for singular directions Q
     P = orthonormalize(columns.sum(A @ Q), against=U, rows=rows) if group["side"] == "both" else None
     if Q.shape[1] == 0 or P is not None and P.shape[1] == 0:
