@@ -1037,6 +1037,53 @@ def test_stagger_without_a_rank_is_refused():
     assert methods.get("gorp", stagger=True, rank=4).options.stagger
 
 
+# -- gradients read in bf16 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_read_in_bf16_are_near_and_what_is_protected_is_as_safe(side, dtype):
+    U, V = basis(M, 5, 1), basis(N, 6, 2)
+    closed = Constraint(inputs=V if side != "outputs" else None, outputs=U if side != "inputs" else None)
+    moments = {}
+    for projection in ("fp32", "bf16"):
+        W = weight(dtype)
+        group = {"params": [W], "constraint": closed, "rank": 4, "refresh_gap": 5, "side": side, "projection": projection}
+        opt = SubspaceAdamW([group], lr=1e-2)
+        opt.track_leak = True
+        for t in range(8):
+            most = 10 * rand(M, 6, seed=t) @ V.mT + 10 * U @ rand(5, N, seed=50 + t)  # closed
+            W.grad = (gradient(weight(), t) + most).to(dtype)
+            opt.step()
+            assert opt.update_leak < 2e-7  # of both: a choice that leaves what iterating left of the closed part has 1e-6 here
+            moments[projection, t] = opt.state[W]["exp_avg"].clone()
+            assert leak(opt.state[W].get("master", W).detach().double() - weight(dtype).detach().double(), closed) < 1e-4  # rounding into W
+    off = (moments["bf16", 0] - moments["fp32", 0]).norm() / moments["fp32", 0].norm()
+    assert 1e-4 < off < 0.1  # 2^-9 of a gradient of which nearly all is closed
+
+
+def test_bf16_products_are_those_of_bf16():
+    from forgetless.products import coarse_product
+
+    for m, n, r in ((64, 48, 8), (8, 48, 64), (300, 200, 40)):
+        A, B = rand(m, n), rand(n, r, seed=1)
+        for X, Y in ((A, B), (A.mT.contiguous().mT, B), (A, B.mT.contiguous().mT)):
+            found, exact = coarse_product(X, Y), A.bfloat16().double() @ B.bfloat16().double()
+            assert found.dtype == torch.float32 and float(((found - exact).abs() / exact.abs().clamp_min(1e-3 * n)).max()) < 2**-8
+
+
+def test_bf16_projection_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="projection='bf16'"):
+        SubspaceAdamW([{"params": [weight()], "projection": "bf16"}])
+    with pytest.raises(ValueError, match="not for fp64"):
+        SubspaceAdamW([{"params": [weight(torch.float64)], "projection": "bf16", "rank": 2}])
+    with pytest.raises(ValueError, match="one of fp32, bf16"):
+        SubspaceAdamW([{"params": [weight()], "projection": "fp16", "rank": 2}])
+    with pytest.raises(ConfigError, match="projection: bf16"):
+        methods.get("gorp", projection="bf16")
+    assert methods.get("gorp", projection="bf16", rank=32).options.projection == "bf16"
+
+
 # -- how much of the gradient the directions hold ------------------------------------------------------------------------------------------
 
 

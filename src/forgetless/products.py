@@ -61,6 +61,14 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     return _linear(A.contiguous(), B.mT) if A.shape[0] <= B.shape[1] else _linear(B.mT.contiguous(), A).mT.contiguous()
 
 
+def coarse_product(A: Tensor, B: Tensor) -> Tensor:
+    """A B of fp32 matrices, multiplied in bf16 and added up in fp32: each number of it is off by some 2^-8 of the length of A's row. For what only has to be near."""
+    A, B = A.bfloat16(), B.bfloat16()
+    if A.device.type != "cpu" or not prefers_onednn():
+        return (A @ B).float()
+    return (_linear(A, B.mT) if A.stride(1) == 1 else _linear(B.mT.contiguous(), A).mT).float()  # MKL's bf16 leaves as much unused as its fp32
+
+
 def add_product_(C: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
     """C <- C + alpha A B in place, C (m, n), A (m, k), B (k, n): by blocks of rows, so that no product of C's size is written."""
     if native.suits(C, A.shape[1]) and _plain_alike(C, A, B):

@@ -133,7 +133,8 @@ def top_subspace(
     """The k leading right singular directions of A (m, n), or of A (I - V V^T) for V = `off`, strongest first, with energy = squared singular values.
 
     method: `svd` (exact), `gram` (eigh of the smaller Gram matrix in fp64: exact, several times faster), `power` (`iterations` of subspace iteration from
-    `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only),
+    `start` (n, l), l >= k, which lies off `off` already; approximate, 2 `iterations` products as thin as `start`, and `off` is taken from thin matrices only,
+    from the directions found to the last digit),
     `symmetric` (A is the Gram matrix (n, n) of the rows that are meant, already off `off`).
     Directions under the tolerance are dropped, so fewer than k may come back, none for a zero A.
     rows, columns: how A is spread over processes. `power` exchanges matrices as thin as `start`; the exact methods gather A.

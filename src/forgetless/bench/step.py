@@ -86,6 +86,7 @@ CONTENDERS: dict[str, tuple[Make, bool]] = {  # and whether it chooses direction
     "gorp": (partial(gorp, refresh="cold"), True),
     "gorp-warm": (partial(gorp, refresh="warm"), True),
     "gorp-exact": (partial(gorp, refresh="exact"), True),
+    "gorp-bf16": (partial(gorp, refresh="cold", projection="bf16"), True),
     "gorp-open": (partial(gorp, closed=False, refresh="cold"), True),
     "gorp-dense": (partial(gorp, rank=False), False),
     "gorp-released": (released, True),

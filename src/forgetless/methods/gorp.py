@@ -63,6 +63,8 @@ class GORPOptions(LoraOptions):
     steps stay the same, so in one process, without gradient accumulation, with space_from: sketch. With accumulation (true) coordinates add up, whole gradients are
     kept in steps that choose directions, and in the others the sketch knows a gradient's energy from its probes only, with an error of some per cent."""
     refresh: Literal["cold", "warm", "exact", "svd"] = "cold"
+    projection: Literal["fp32", "bf16"] = "fp32"
+    """bf16: multiply G Q in bf16, which pays from a rank of 32 or so where the processor has units for it. What is protected does not depend on it."""
     moments: Literal["rotate", "reset"] = "rotate"
     full_lr_ratio: float | None = Field(None, gt=0)
     """Learning rate of the full-rank branch, times train.learning_rate, which is the LoRA branch's; absent: 1, or 10 with a rank, whose steps are shorter."""
@@ -94,6 +96,8 @@ class GORPOptions(LoraOptions):
             raise ValueError("side: both reduces the gradient on both sides, so it needs a rank, such as rank: 8")
         if self.stagger and (self.rank is None or not self.use_full_rank):
             raise ValueError("stagger: true says when directions are chosen, so it needs use_full_rank and a rank, such as rank: 8")
+        if self.projection == "bf16" and (self.rank is None or not self.use_full_rank):
+            raise ValueError("projection: bf16 says how gradients are read in coordinates, so it needs use_full_rank and a rank, such as rank: 32")
         if self.release_gradients and not self.may_release:
             raise ValueError(
                 "release_gradients: true reads gradients in coordinates, so it needs use_full_rank, a rank, such as rank: 8, and space_from: sketch"
@@ -183,7 +187,16 @@ class GORP(Method):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
         ratio = o.full_lr_ratio or (1.0 if o.rank is None else 10.0)
-        common = dict(rank=o.rank, refresh_gap=o.refresh_gap, stagger=o.stagger, refresh=o.refresh, moments=o.moments, side=o.side, lr_scale=ratio)
+        common = dict(
+            rank=o.rank,
+            refresh_gap=o.refresh_gap,
+            stagger=o.stagger,
+            refresh=o.refresh,
+            projection=o.projection,
+            moments=o.moments,
+            side=o.side,
+            lr_scale=ratio,
+        )
         groups = []
         branches = {"full": self.full_layers(model), "lora": adapters(model)}
         self.order = {key: i for i, key in enumerate(f"{branch}/{name}" for branch, layers in branches.items() for name in layers)}

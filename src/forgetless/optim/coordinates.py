@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..fake import is_fake
-from ..products import product
+from ..products import coarse_product, product
 from ..sharding import ALONE, Imagined, Rows, Sent, Spread, counting, rows_of
 from ..subspace import Constraint, less, orthonormalize, project_out_, renewed, rotate_moments, tolerance, top_subspace
 from . import moments
@@ -33,6 +33,7 @@ from .rounding import seeded
 SIDES = ("inputs", "outputs", "both")
 REFRESH = ("cold", "warm", "exact", "svd")
 MOMENTS = ("rotate", "reset", "keep")
+PROJECTIONS = ("fp32", "bf16")
 
 
 def flipped(group: dict[str, Any]) -> bool:
@@ -210,14 +211,15 @@ def gradient(
     if group["directions"] is not None:
         R = in_directions(group, G)
         return restrict_whole_side_(group, R) if spread_state(group, "exp_avg").shape(R).numel() else None  # the same in every process
+    times = coarse_product if group["projection"] == "bf16" else product
     anew = refresh and due(group, state, index) and choose(group, state, G, (seed, index, int(state.get("updates", 0))))
     if "basis" not in state:
         return None
     if group["side"] != "both":
-        R = spread(group)[1].sum(product(read(group, G), state["basis"]))
+        R = spread(group)[1].sum(times(read(group, G), state["basis"]))
     else:
         permitted = G if covers(group) else group["constraint"].permitted(G)
-        R = group.get("rows", ALONE).sum(state["basis_left"].mT @ product(read(group, permitted), state["basis"]))
+        R = group.get("rows", ALONE).sum(state["basis_left"].mT @ times(read(group, permitted), state["basis"]))
     if anew and chosen is not None:
         chosen(G, R)
     return R
@@ -320,17 +322,16 @@ def choose(group: dict[str, Any], state: dict[str, Any], G: Tensor, seeds: tuple
         return False
     both = group["side"] == "both" and group["constraint"] is not None
     A = read(group, group["constraint"].permitted(G) if both else G)  # (m, n)
-    off = None if both else V
     old = state.get("basis")
     if group["refresh"] in ("svd", "exact"):
-        found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=off, rows=rows, columns=columns)
+        found = top_subspace(A, r, "svd" if group["refresh"] == "svd" else "gram", off=None if both else V, rows=rows, columns=columns)
         found.basis = renewed(found.basis, V, columns) if found.rank else found.basis
     elif group["refresh"] == "warm" and old is not None and old.shape[1] == r:
-        found = top_subspace(A, r, "power", start=old, iterations=1, off=off, rows=rows, columns=columns)
+        found = top_subspace(A, r, "power", start=old, iterations=1, off=V, rows=rows, columns=columns)
     else:
         # seeded by tensor and step, so that a resumed run draws the same numbers without saving a generator
-        start = _start(A, n, 2 * r, off, seeded(*seeds), columns)
-        found = top_subspace(A, r, "power", start=start, off=off, rows=rows, columns=columns)
+        start = _start(A, n, 2 * r, V, seeded(*seeds), columns)
+        found = top_subspace(A, r, "power", start=start, off=V, rows=rows, columns=columns)
     if not found.energy.sum().sqrt() > tolerance(A.dtype) * scale:
         return False  # the whole gradient lies in the protected space
     Q = found.basis

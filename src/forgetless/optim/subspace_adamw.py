@@ -63,6 +63,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
             stagger (bool): choose Q of one tensor in one step and of the next in the next, so that no step is refresh_gap times as long as the others.
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
                 With both sides, P is what G Q points along.
+            projection (str): "bf16" multiplies R = G Q in bf16, which is quicker where the processor's units for it are, from a rank of 32 or so. R is then off by
+                half a per cent; Q, the step, and with them what is protected, stay in fp32. "fp32" otherwise.
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
             scale (float): multiplies the low-rank step (GaLore's alpha).
             lr_scale (float): multiplies lr for this group, so that one scheduler reaches groups with different rates.
@@ -106,7 +108,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     ):
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, constraint=None, rank=None, directions=None, release=False, observe=None, side="inputs",
-            refresh_gap=10, stagger=False, refresh="cold", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision,
+            refresh_gap=10, stagger=False, refresh="cold", projection="fp32", moments="rotate", scale=1.0, lr_scale=1.0, precision=precision,
             optimizer_state=optimizer_state, names=None,
         )  # fmt: skip
         self._released: dict[Tensor, Tensor] = {}  # R of the gradients that were let go since the last step
@@ -130,7 +132,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         constraint: Constraint | None = group["constraint"]
         transposed = group.pop("transposed", False)
-        options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, precision=rounding.PRECISIONS,
+        options = dict(side=coordinates.SIDES, refresh=coordinates.REFRESH, moments=coordinates.MOMENTS, projection=coordinates.PROJECTIONS, precision=rounding.PRECISIONS,
                        optimizer_state=moments.KINDS)  # fmt: skip
         for key, allowed in options.items():
             if group[key] not in allowed:
@@ -141,6 +143,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
             raise ValueError("SubspaceAdamW: release=True needs directions or a rank: a dense gradient is no smaller as Adam uses it")
         if group["rank"] is not None and group["rank"] < 1 or group["refresh_gap"] < 1:
             raise ValueError(f"SubspaceAdamW: rank={group['rank']} and refresh_gap={group['refresh_gap']} must be at least 1")
+        if group["projection"] == "bf16" and (group["rank"] is None or any(p.dtype == torch.float64 for p in group["params"])):
+            raise ValueError("SubspaceAdamW: projection='bf16' is how a gradient is read in the coordinates of a rank, and not for fp64 weights")
         for p in group["params"]:
             if group["rank"] is not None and p.ndim != 2:
                 raise ValueError(f"SubspaceAdamW: rank={group['rank']} on a tensor of shape {tuple(p.shape)}; low-rank state needs a matrix")
