@@ -558,4 +558,15 @@ def test_subspace_iteration_off_a_space_is_that_of_the_projected_matrix():
         top_subspace(project_out(A, V), 6, "power", start=project_out(start.mT, V).mT),
     )
     torch.testing.assert_close(found.energy, same.energy, rtol=1e-3, atol=1e-3)
-    assert float((V.mT @ found.basis).abs().max()) < 1e-4
+    assert float((V.mT @ found.basis).abs().max()) < 1e-6
+
+
+def test_the_weakest_directions_of_an_iteration_are_as_orthonormal_as_the_strongest():
+    A = matrix(60, 40, 1, torch.float32) @ torch.diag(torch.logspace(0, -8, 40)) @ torch.linalg.qr(matrix(40, 40, 2, torch.float32))[0].mT
+    V = orthonormalize(A[:3].mT + 0.1 * matrix(40, 3, 3, torch.float32))  # most of A's energy
+    start = project_out(matrix(40, 24, 4, torch.float32).mT, V).mT
+    found = top_subspace(A, 12, "power", start=start, off=V)
+    energy = found.energy / found.energy[0]
+    assert found.rank == 12 and float(energy[-1]) < 1e-3
+    assert float((found.basis.mT @ found.basis - torch.eye(12)).abs().max()) < 1e-6
+    assert float((found.basis.mT @ V).abs().max()) < 2e-7
