@@ -22,6 +22,16 @@ from forgetless.progress import Progress
 from forgetless.tasks import TaskStream, load_task
 from forgetless.trainer import train_task, training_arguments
 
+BUCKETS: set[bool] = set()  # whether gradients lived in them, where a model was made one of several processes'
+made = torch.nn.parallel.DistributedDataParallel.__init__
+
+
+def noted(model, *given, **settings) -> None:
+    BUCKETS.add(settings.get("gradient_as_bucket_view", False))
+    made(model, *given, **settings)
+
+
+torch.nn.parallel.DistributedDataParallel.__init__ = noted
 gc.freeze()  # as in conftest.py: or two thirds of the time go into looking through the imports for garbage
 
 
@@ -46,7 +56,8 @@ def main(model_folder: str, tasks: str, out: str, methods: str, batch: str) -> N
             losses += [s["loss"] for s in trained.steps]
             model = method.end_task(model, task, memory)
         found = {**model.state_dict(), **memory.tensors, "losses": torch.tensor(losses, dtype=torch.float64)}
-        results[name] = {"tensors": found, "info": memory.info, "apart": distributed.differ(digest(found, memory.info))}
+        results[name] = {"tensors": found, "info": memory.info, "apart": distributed.differ(digest(found, memory.info)), "buckets": sorted(BUCKETS)}
+        BUCKETS.clear()
     if distributed.is_main():
         torch.save(results, out)
     distributed.barrier()

@@ -336,8 +336,8 @@ def exchanged(model: nn.Module, method: Method, learning: set[nn.Parameter], arg
         return sum(p.nbytes for p in parameters)
 
     share, gradients = 1 - 1 / processes, size(learning)
-    if not shared:  # DistributedDataParallel's buckets, which it has beside the gradients
-        return gradients, {"gradients": 2 * share * gradients}
+    if not shared:  # DistributedDataParallel's buckets are the gradients
+        return 0, {"gradients": 2 * share * gradients}
     units = [list(block.parameters()) for block in shared_model.blocks(model)]
     inside = {p for unit in units for p in unit}
     rest = [p for p in model.parameters() if p not in inside]

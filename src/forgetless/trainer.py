@@ -300,6 +300,11 @@ def make_trainer(
     class TaskTrainer(Trainer):
         micro_losses: list[float] = []
 
+        def __init__(self, **given):
+            super().__init__(**given)
+            if (settings := self.accelerator.ddp_handler) is not None:
+                settings.gradient_as_bucket_view = True  # gradients live where they are sent from, once
+
         def _get_train_sampler(self, *given):
             if (own := method.sampler(data.rows, args.seed)) is not None:
                 return own
