@@ -193,7 +193,8 @@ def _iterated(A: Tensor, k: int, start: Tensor, iterations: int, off: Tensor | N
     lam = lam.flip(0)[:k]
     lam = lam[: _above(lam, floor)]
     V = Q @ (P.flip(1)[:, : len(lam)] / lam.sqrt()).to(Q.dtype)
-    return Subspace(renewed(V, off, columns) if len(lam) else V, lam.to(A.dtype))
+    V = renewed(V, off, columns) if len(lam) else V
+    return Subspace(V, lam[: V.shape[1]].to(A.dtype))
 
 
 def _above(energy: Tensor, floor: float) -> int:

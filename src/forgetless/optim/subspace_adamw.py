@@ -64,7 +64,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             refresh (str): "cold" (two subspace iterations from a seeded random start), "warm" (one, from the old Q), "exact" (eigh of the Gram matrix), "svd".
                 With both sides, P is what G Q points along.
             projection (str): "bf16" multiplies R = G Q in bf16, which is quicker where the processor's units for it are, from a rank of 32 or so. R is then off by
-                half a per cent; Q, the step, and with them what is protected, stay in fp32. "fp32" otherwise.
+                a few thousandths; Q, the step, and with them what is protected, stay in fp32. "fp32" otherwise.
             moments (str): at a refresh "rotate" them into the new basis, "reset" them with the step count, or "keep" them as they are (what GaLore does).
             scale (float): multiplies the low-rank step (GaLore's alpha).
             lr_scale (float): multiplies lr for this group, so that one scheduler reaches groups with different rates.
