@@ -4,7 +4,7 @@
 
 SmolLM2-135M on the demo's tasks: each linear layer's space holds 0.95 of the energy of its inputs on 50 rows of the first task; G is the gradient of 8 rows of the
 second; Q are the r best directions of G off the space. Errors are ||R - R exact|| / ||R exact||, of the dense form (G without its closed part) likewise, both against
-fp64. Seconds are of the products alone, the conversion of G counted, CPU time of one thread.
+fp64. Seconds are of the products alone, conversions counted, CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -65,11 +65,8 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def measure() -> dict:
-    from forgetless.products import _linear, prefers_onednn, product
+    from forgetless.products import coarse_product, product
     from forgetless.subspace import top_subspace
-
-    def coarse(G: Tensor, Q: Tensor) -> Tensor:
-        return _linear(G.bfloat16(), Q) if prefers_onednn() else G.bfloat16() @ Q.mT
 
     torch.set_num_threads(1)
     G, V = gradients()
@@ -82,11 +79,11 @@ def measure() -> dict:
         fine, rough, seconds = [], [], [0.0, 0.0]
         for name in G:
             Q = top_subspace(G[name], r, off=V[name]).basis
-            exact, narrow = G[name].double() @ Q.double(), Q.bfloat16().mT.contiguous()
+            exact = G[name].double() @ Q.double()
             fine.append(error(product(G[name], Q), exact))
-            rough.append(error(coarse(G[name], narrow), exact))
+            rough.append(error(coarse_product(G[name], Q), exact))
             seconds[0] += timed(lambda name=name, Q=Q: product(G[name], Q))
-            seconds[1] += timed(lambda name=name, narrow=narrow: coarse(G[name], narrow))
+            seconds[1] += timed(lambda name=name, Q=Q: coarse_product(G[name], Q))
         found[r] = {"fp32": quantiles(fine), "bf16": quantiles(rough), "seconds_fp32": seconds[0], "seconds_bf16": seconds[1]}
     return {
         "command": "python benchmarks/scripts/bf16_projection.py", "cpu": cpu_name(), "torch": torch.__version__, "layers": len(G),
