@@ -15,6 +15,7 @@ from torch import nn
 from forgetless import Constraint, SubspaceAdamW, constrain, methods
 from forgetless.errors import ConfigError
 from forgetless.evaluation.drift import leak_bound, weight_leak
+from forgetless.methods.base import Memory
 from forgetless.optim.reference import ReferenceAdamW
 from forgetless.optim.rounding import stochastic_round
 from forgetless.subspace import leak, orthonormalize, rotate_moments, tolerance
@@ -1081,7 +1082,9 @@ def test_bf16_projection_is_refused_where_there_is_none():
         SubspaceAdamW([{"params": [weight()], "projection": "fp16", "rank": 2}])
     with pytest.raises(ConfigError, match="projection: bf16"):
         methods.get("gorp", projection="bf16")
-    assert methods.get("gorp", projection="bf16", rank=32).options.projection == "bf16"
+    gorp, model = methods.get("gorp", projection="bf16", rank=2), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    gorp.begin_task(model, None, Memory())
+    assert [group["projection"] for group in gorp.param_groups(model)] == ["bf16", "bf16"]
 
 
 # -- how much of the gradient the directions hold ------------------------------------------------------------------------------------------
