@@ -47,6 +47,7 @@ def options(case: str, m: int, n: int) -> dict[str, Any]:
         "inputs": {"constraint": Constraint(inputs=V)},
         "outputs": {"constraint": Constraint(outputs=U)},
         "either": {"constraint": either},
+        "most": {"constraint": Constraint(inputs=basis(n, n * 5 // 8, 1), outputs=U)},
         "both": {"constraint": Constraint(inputs=V, outputs=U, forbid="both")},
         "mask": {"constraint": Constraint(mask=mask)},
         "rank": ranked,
@@ -66,7 +67,7 @@ def options(case: str, m: int, n: int) -> dict[str, Any]:
 
 
 CASES = (
-    "plain", "inputs", "outputs", "either", "both", "mask", "rank", "rank-inputs", "rank-warm", "rank-exact", "rank-svd", "rank-either", "rank-stagger", "rank-outputs",
+    "plain", "inputs", "outputs", "either", "most", "both", "mask", "rank", "rank-inputs", "rank-warm", "rank-exact", "rank-svd", "rank-either", "rank-stagger", "rank-outputs",
     "rank-both-sides", "rank-both-block", "directions", "directions-inputs", "directions-outputs",
 )  # fmt: skip
 
@@ -74,6 +75,7 @@ LEAKS = (
     "inputs",
     "outputs",
     "either",
+    "most",
     "both",
     "rank-inputs",
     "rank-either",

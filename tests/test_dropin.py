@@ -163,15 +163,17 @@ def test_a_state_is_the_same_to_a_trainer_and_to_a_run(tiny, tasks, tmp_path, mo
     assert farthest(memory, kept) <= 1e-13
 
 
-def test_what_is_measured_for_the_next_task_is_measured_without_autocast(tiny, tasks, tmp_path):
-    """Accelerate leaves its bf16 wrapper round the model's forward."""
+@pytest.mark.parametrize("name", ["gpm", "ewc"])
+def test_what_is_measured_for_the_next_task_is_measured_as_in_a_run(tiny, tasks, tmp_path, name):
+    """Inputs as the Trainer's autocast makes them, gradients without: Accelerate leaves its bf16 wrapper round the model's forward."""
     model, tokenizer = models.load(tiny)
-    callback = fl.ContinualCallback("gpm")
+    callback = fl.ContinualCallback(name)
     trainer_of(model, tokenizer, tasks[0], tmp_path, callback, bf16=True).train()
     assert hasattr(model, "_original_forward")
     del model.forward
-    expected, method = Memory(), get("gpm")
-    method.tokenizer = tokenizer
+    expected, method = Memory(), get(name)
+    method.tokenizer, method.autocast = tokenizer, True
+    method.param_groups(model)
     method.end_task(model, tasks[0], expected)
     assert farthest(callback.memory, expected) == 0
 

@@ -66,10 +66,11 @@ KINDS = {
     "either": dict(inputs=4, outputs=5),
     "both": dict(inputs=6, outputs=8, forbid="both"),
 }
+MOST = {"most inputs": dict(inputs=11), "most of either": dict(inputs=10, outputs=16)}
 
 
 def constraint(kind, dtype=torch.float32):
-    spec = dict(KINDS[kind])
+    spec = dict((KINDS | MOST)[kind])
     forbid = spec.pop("forbid", "either")
     dims = {"inputs": N, "outputs": M}
     return Constraint(**{k: basis(dims[k], v, seed=3, dtype=dtype) for k, v in spec.items()}, forbid=forbid) if spec else None
@@ -108,6 +109,19 @@ def test_fast_equals_reference_for_100_steps(kind, rank, side, moments, dtype):
             slow.refresh = lambda G: slow.change(*(opt.state[W][key].double() for key in ("basis", "basis_left") if key in opt.state[W]))
         slow.step(G)
     torch.testing.assert_close(W.detach().double(), slow.W, atol=1e-9 if dtype == torch.float64 else 5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", MOST)
+def test_where_most_is_closed_it_is_so_too(kind, dtype):
+    """And the basis of what is open is counted."""
+    test_fast_equals_reference_for_100_steps(kind, None, "inputs", "rotate", dtype)
+    W = weight(dtype)
+    opt = SubspaceAdamW([{"params": [W], "constraint": constraint(kind, dtype)}], lr=1e-3)
+    W.grad = gradient(W, 0)
+    opt.step()
+    bases = sum(N * N if side == "inputs" else M * M for side in MOST[kind])  # closed and open directions are all there are
+    assert opt.state_bytes() == (2 * M * N + bases) * dtype.itemsize + 4
 
 
 def test_the_references_own_refresh_is_the_top_of_the_permitted_gradient():
@@ -921,8 +935,10 @@ def test_state_survives_a_file_loaded_with_weights_only_and_stays_fp32(dtype, si
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_planned_bytes_are_the_measured_ones(weight_decay, dtype, precision):
     c = Constraint(inputs=basis(N, 3), outputs=basis(M, 2))
+    most = {"inputs": basis(N, N - 3), "outputs": basis(M, M - 2)}
     groups = [
         {"constraint": c, "rank": 4}, {"constraint": c, "rank": 4, "side": "outputs"}, {"constraint": c}, {}, {"rank": 30},
+        {"constraint": Constraint(**most)}, {"constraint": Constraint(**most), "rank": 2}, {"constraint": Constraint(**most), "rank": 2, "side": "both"},
         {"constraint": c, "rank": 4, "side": "both"}, {"constraint": c, "rank": 30, "side": "both"}, {"rank": 30, "side": "both"},
         {"constraint": Constraint(outputs=basis(M, 20)), "rank": 30, "side": "both"}, {"constraint": Constraint(mask=torch.ones(M, N, dtype=torch.bool))},
     ]  # fmt: skip

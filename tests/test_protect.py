@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
 from forgetless import models
-from forgetless.batches import read
+from forgetless.batches import Reader, read
 from forgetless.config import load_config
 from forgetless.errors import ConfigError, DataError
-from forgetless.protect import encode, input_spaces, read_prompts
+from forgetless.protect import Sum, encode, input_spaces, input_sums, read_prompts
 from forgetless.subspace import coverage
-from forgetless.tasks import load_stream
+from forgetless.tasks import load_stream, sample
 
 PROMPTS = ["cat sits", "dog runs happy", "red apple", "bird flies calm river"]
 
@@ -55,6 +55,110 @@ def test_the_space_holds_the_share_and_no_direction_more(kind, rows, tmp_path):
         needed = int((best.cumsum(0) / best.sum() < 0.8).sum()) + 1
         V = spaces[name].basis
         assert coverage(X, V) == pytest.approx(0.8, abs=0.15) and coverage(X, V) >= 0.8 - 1e-5 and V.shape[1] == needed
+
+
+def summed(found: Sum) -> torch.Tensor:
+    A, is_matrix = found.of
+    return A if is_matrix else A.mT @ A
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "t5"])
+@pytest.mark.parametrize("given", ["prompts", "rows"])
+def test_rows_that_are_read_together_are_summed_up_as_alone(kind, given, tmp_path, monkeypatch):
+    """Of rows as long as they like, several at a time: no padding in the sums, each row at its own positions."""
+    model, _ = models.load(make_model_folder(tmp_path / "m", kind=kind), dtype=torch.float64)
+    layers = models.linear_modules(model) | {"head": model.get_output_embeddings()}
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 20, (2 + i * 5 % 11,), generator=draw).tolist() for i in range(14)]
+    if given == "rows":
+        rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows]
+    monkeypatch.setattr("forgetless.batches.READ_TOKENS", 40)
+    passes, seen = [], {}
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    sums, same = input_sums(model, layers, rows, normalise=True)
+    assert len(passes) == (14 if kind == "t5" else 4)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1])))
+        for name, layer in layers.items()
+    ]
+    for row in rows:  # each by itself, whole
+        Reader().read(model, [row], whole=True, alone=True)
+    for handle in handles:
+        handle.remove()
+    assert (sums.keys() | same.keys()) == layers.keys()
+    for name in layers:
+        X = torch.cat(seen[name])
+        X = X / X.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(summed(sums[same.get(name, name)]), X.mT @ X, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_that_sees_some_of_the_tokens_is_read_row_by_row(tmp_path):
+    """As an expert of several does: what it is given no longer says which of it is padding."""
+
+    class Some(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            flat = x.reshape(-1, x.shape[-1])
+            chosen = flat[:, 0] > flat[:, 1]
+            return flat.new_zeros(len(flat), self.inner.out_features).index_put((chosen,), self.inner(flat[chosen])).view(*x.shape[:-1], -1)
+
+    model, _ = models.load(make_model_folder(tmp_path / "m"), dtype=torch.float64)
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj = Some(mlp.gate_proj)
+    layers, rows, done = models.linear_modules(model), [list(range(2, 3 + n)) for n in (9, 3, 6, 12)], []
+    sums, same = input_sums(model, layers, rows, advance=done.append)
+    for name, layer in layers.items():
+        X = inputs_of(model, layer, rows)
+        torch.testing.assert_close(summed(sums[same.get(name, name)]), X.mT @ X, rtol=1e-10, atol=1e-10)
+    assert done == [1, 2, 3, 4]
+
+
+def test_inputs_under_autocast_are_summed_up_in_fp32(tmp_path):
+    """What a layer is given under bf16 autocast, and no rounding more."""
+    model, _ = models.load(make_model_folder(tmp_path / "m"))
+    layers, rows = models.linear_modules(model), torch.randint(2, 20, (40, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    sums, same = input_sums(model, layers, rows, autocast=True)
+    plain, _ = input_sums(model, layers, rows)
+    others = []
+    for name, layer in layers.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            X = inputs_of(model, layer, rows).double()
+        got = summed(sums[same.get(name, name)])
+        assert got.dtype == torch.float32
+        # a row read with others may be rounded the other way now and then
+        assert float(torch.linalg.matrix_norm(got - X.mT @ X) / torch.linalg.matrix_norm(X.mT @ X)) < 2e-4, name
+        others.append(float(torch.linalg.matrix_norm(got - summed(plain[same.get(name, name)])) / torch.linalg.matrix_norm(got)))
+    assert max(others) > 1e-3
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("method", ["osft", "gpm", "ewc on gpm"])
+def test_a_run_measures_the_inputs_its_training_has(method, bf16, small_run, tmp_path):
+    config = small_run({"name": "ewc", "on": "gpm"} if " on " in method else {"name": method}, tasks=("colour",))
+    config["train"]["bf16"] = bf16
+    result = fl.run(config)
+    model, tokenizer = models.load(str(result.path / "model"))
+    task = load_stream(load_config(config)).tasks[0]
+    rows = sample(task.train, 200, 0) if method == "osft" else task.train
+    rows, known = [task.encode(tokenizer, row) for row in rows], load_file(result.path / "tasks" / "00-colour" / "state" / "method.safetensors")
+    how = {"energy": 0.9, "max_share": 0.75} if method == "osft" else {"energy": 0.95, "normalise": False}
+    for autocast in (True, False):
+        spaces = input_spaces(model, models.linear_modules(model), rows, **how, autocast=autocast)
+        assert all(torch.equal(space.basis, known[f"{name}.basis"]) for name, space in spaces.items()) == (autocast == bf16)
+
+
+@pytest.mark.parametrize("n", [8, 192, 200, 500])
+def test_a_sum_of_rows_is_their_gram_matrix(n):
+    found, every = Sum(torch.zeros(0, n, dtype=torch.float64)), []
+    for i in range(12):
+        every.append(torch.randn(60, n, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))
+        found.add(every[-1])
+    A, is_matrix = found.of
+    assert is_matrix and torch.equal(A, A.mT)
+    torch.testing.assert_close(A, torch.cat(every).mT @ torch.cat(every), rtol=1e-12, atol=1e-10)
 
 
 def test_what_the_prompts_use_does_not_move_in_the_first_task(small_run, tiny, tmp_path):

@@ -458,10 +458,13 @@ def test_rotate_moments_by_a_signed_permutation_is_exact():
     b=st.integers(0, 20),
     seed=seeds,
     forbid=st.sampled_from(["either", "both"]),
+    prepared=st.booleans(),
     dtype=dtypes,
 )
-def test_permitted_is_a_projection_without_leak(m, n, a, b, seed, forbid, dtype):
+def test_permitted_is_a_projection_without_leak(m, n, a, b, seed, forbid, prepared, dtype):
     c = Constraint(inputs=basis(n, min(b, n), seed, dtype), outputs=basis(m, min(a, m), seed + 1, dtype), forbid=forbid)
+    if prepared:
+        c.prepare()
     D = matrix(m, n, seed + 2, dtype)
     P = c.permitted(D)
     assert c.forbidden_norm(P) <= (1e-6 if dtype == torch.float32 else 1e-14) * float(D.norm())
@@ -538,6 +541,27 @@ def test_one_pass_is_enough_where_it_is_the_only_one(outside):
     c = Constraint(inputs=V)
     P = c.permitted(D)
     assert P.norm() == pytest.approx(outside, rel=1e-4) and leak(P, c) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("outside", [1.0, 0.05, 1e-4])
+@pytest.mark.parametrize("closed", [32, 40, 60])
+def test_where_more_than_half_is_closed_a_step_is_projected_onto_the_rest(closed, outside, side):
+    """The smaller basis says the same, and is as far off what is closed however little of a step is left."""
+    torch.manual_seed(0)
+    V = orthonormalize(torch.randn(64, closed))
+    inside, rest = torch.randn(48, closed) @ V.mT, project_out(torch.randn(48, 64), V)
+    D = inside / inside.norm() + outside * rest / rest.norm()
+    exact = Constraint(inputs=V.double()).permitted(D.double())
+    c = Constraint(inputs=V) if side == "inputs" else Constraint(outputs=V)
+    c.prepare()
+    made = c.open[side == "outputs"]
+    assert made is None if closed == 32 else made.shape == (64, 64 - closed)
+    P = c.permitted(D if side == "inputs" else D.mT)
+    torch.testing.assert_close(P if side == "inputs" else P.mT, exact.float(), rtol=0, atol=1e-6)
+    assert P.norm() == pytest.approx(outside, rel=3e-3) and leak(P, c) < (1e-6 if made is None else 5e-7)
+    gone = c.to(torch.device("cpu"), torch.float64)  # elsewhere it is made anew
+    assert gone.open == (None, None) and gone.transposed.open == (None, None)
 
 
 @pytest.mark.parametrize(("n", "closed", "columns"), [(576, 570, 6), (256, 250, 6), (64, 60, 4)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Readable, read
+from .batches import Readable, Reader
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -26,15 +26,21 @@ def block_of(model: nn.Module, name: str) -> str | None:
 
 
 @torch.inference_mode()
-def block_importance(model: nn.Module, modules: Iterable[str], prompts: list[Readable], advance: Any = None) -> dict[str, float]:
-    """{block: mean cosine of its input and output over the tokens of `prompts`} for the blocks that hold `modules`. advance(done) is called after each prompt."""
+def block_importance(
+    model: nn.Module, modules: Iterable[str], prompts: list[Readable], autocast: bool = False, advance: Any = None
+) -> dict[str, float]:
+    """{block: mean cosine of its input and output over the tokens of `prompts`} for the blocks that hold `modules`. advance(done) is called after each batch.
+
+    autocast: as they are under bf16 autocast.
+    """
     sums: dict[str, list[float]] = {}
+    reader = Reader(autocast)
 
     def hook(name: str):
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             y = output if isinstance(output, Tensor) else output[0]
-            cosines = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+            cosines = reader.real(nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)[..., None])
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(cosines.sum())
             total[1] += cosines.numel()
@@ -44,7 +50,7 @@ def block_importance(model: nn.Module, modules: Iterable[str], prompts: list[Rea
     blocks = sorted({block for name in modules if (block := block_of(model, name)) is not None})
     handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in blocks]
     try:
-        read(model, prompts, advance)
+        reader.read(model, prompts, advance)
     finally:
         for handle in handles:
             handle.remove()

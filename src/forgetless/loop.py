@@ -226,6 +226,7 @@ def start(folder: RunFolder, config: RunConfig, stream: TaskStream, method: Meth
         model.cuda()
     memory = folder.memory(done[-1]) if done else Memory()
     method.tokenizer, method.progress, method.stream = tokenizer, progress, stream
+    method.autocast = bool(config.train["bf16"])
     method.untouched, method.committed, method.load = lambda: load(config.model)[0], folder.model_of, load
     for task in (*stream, *stream.watch):
         task.check(tokenizer, models.positions(model))

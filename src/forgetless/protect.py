@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Readable, read
+from .batches import Apart, Readable, Reader
 from .chat import parse
 from .errors import DataError, nearest
-from .products import add_product_, product
+from .products import add_product_
 from .rows import raw_rows, text_of
 from .subspace import Subspace, extend, working_dtype
 
 log = logging.getLogger(__name__)
 COLUMNS = ("messages", "prompt", "text", "sentence")
 MAX_TOKENS = 512  # a prompt's last ones
+STRIP = 192  # rows of a Gram matrix that are summed up at once
 
 
 def read_prompts(source: str) -> list[Any]:
@@ -62,18 +63,19 @@ class Sum:
         self.rows, self.gram = like.new_zeros(0, like.shape[1]), None
 
     def add(self, X: Tensor) -> None:
-        if self.gram is not None:
-            add_product_(self.gram, X.mT.contiguous(), X)
-            return
-        self.rows = torch.cat([self.rows, X])
-        if self.rows.shape[0] > self.rows.shape[1]:
-            self.gram = product(self.rows.mT.contiguous(), self.rows)
-            self.rows = self.rows[:0].clone()
+        if self.gram is None:
+            X = self.rows = torch.cat([self.rows, X])
+            if X.shape[0] <= X.shape[1]:
+                return
+            self.rows, self.gram = X[:0].clone(), X.new_zeros(X.shape[1], X.shape[1])
+        Xt = X.mT.contiguous()
+        for i in range(0, len(Xt), STRIP):  # the matrix is symmetric: what lies left of a strip's own square is made of the rest at the end
+            add_product_(self.gram[i : i + STRIP, i:], Xt[i : i + STRIP], Xt[i:].mT)
 
     @property
     def of(self) -> tuple[Tensor, bool]:
         """What was summed, and whether it is the matrix."""
-        return (self.rows, False) if self.gram is None else (self.gram, True)
+        return (self.rows, False) if self.gram is None else (self.gram.triu() + self.gram.triu(1).mT, True)
 
 
 @torch.inference_mode()
@@ -87,14 +89,15 @@ def input_spaces(
     max_share: float | None = None,
     known: dict[str, Subspace] | None = None,
     normalise: bool = True,
+    autocast: bool = False,
     advance=None,
 ) -> dict[str, Subspace]:
-    """{layer name: space (in, k) that holds the share `energy` of its inputs on `prompts`, or rows}. advance(done) is called after each prompt.
+    """{layer name: space (in, k) that holds the share `energy` of its inputs on `prompts`, or rows}. advance(done) is called after each batch of them.
 
     known: spaces to start from; what they hold already counts. A space is bounded by max_rank directions, or by the share max_share of a layer's; beyond it the
-    weakest are given up, of the known ones too. normalise: each input vector is brought to length 1 first.
+    weakest are given up, of the known ones too. normalise: each input vector is brought to length 1 first. autocast: the inputs as they are under bf16 autocast.
     """
-    sums, same = input_sums(model, layers, prompts, normalise=normalise, advance=advance)
+    sums, same = input_sums(model, layers, prompts, normalise=normalise, autocast=autocast, advance=advance)
     spaces, evicted = {}, 0
     for name in list(sums):
         A, gram = sums.pop(name).of  # let go one after another
@@ -109,15 +112,16 @@ def input_spaces(
 
 @torch.inference_mode()
 def input_sums(
-    model: nn.Module, layers: dict[str, nn.Module], prompts: list[Readable], normalise: bool = False, advance=None
+    model: nn.Module, layers: dict[str, nn.Module], prompts: list[Readable], normalise: bool = False, autocast: bool = False, advance=None
 ) -> tuple[dict[str, Sum], dict[str, str]]:
     """({layer name: its inputs summed up as X^T X}, {layer: another that reads the same inputs, and has them}) on `prompts`, or rows.
 
-    normalise: each input vector brought to length 1. advance(done) is called after each prompt.
+    normalise: each input vector brought to length 1. autocast: as they are under bf16 autocast. Sums are in fp32 or better. advance(done) is called after each batch.
     """
     seen: dict[str, Sum] = {}
     same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
     last: list[Any] = [None, ""]
+    reader, whole = Reader(autocast), model.get_output_embeddings() in layers.values()
 
     def hook(name: str):
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -125,7 +129,7 @@ def input_sums(
                 same[name] = last[1]
                 return
             last[:] = args[0], name
-            X = args[0].detach().reshape(-1, args[0].shape[-1])
+            X = reader.real(args[0])
             X = X.to(working_dtype(X.dtype))
             if normalise:
                 X = X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
@@ -135,7 +139,11 @@ def input_sums(
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        read(model, prompts, advance, whole=model.get_output_embeddings() in layers.values())
+        try:
+            reader.read(model, prompts, advance, whole)
+        except Apart:
+            seen.clear(), same.clear()
+            reader.read(model, prompts, advance, whole, alone=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -173,7 +173,7 @@ def top_subspace(
     V, energy = V[:, :k], energy[:k].clamp_min(0)
     V = V[:, : _above(energy, floor)]
     energy = energy[: V.shape[1]]
-    if method != "svd" and V.shape[1]:
+    if method == "gram" and n > m and V.shape[1]:
         V = torch.linalg.qr(V)[0]  # D^T U / sqrt(lam) is orthonormal only to eps * condition^2
     # clone: a slice would keep the whole factor alive, and is column-major
     return Subspace(V.to(A.dtype).contiguous().clone(), energy.to(A.dtype).clone())
@@ -428,6 +428,13 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
     return V if V.stride() == (V.shape[1], 1) else V.clone(memory_format=torch.contiguous_format)
 
 
+def _rest(V: Tensor | None) -> Tensor | None:
+    """Basis (n, n - k) of what lies off V (n, k), where that is the smaller."""
+    if V is None or 2 * V.shape[1] <= V.shape[0] or V.shape[1] == V.shape[0]:
+        return None
+    return V.new_empty(V.shape[0], V.shape[0] - V.shape[1]) if is_fake(V) else complement(V)
+
+
 class Constraint:
     """Where the change dW (out, in) of a weight may NOT go.
 
@@ -437,6 +444,7 @@ class Constraint:
     """
 
     rows: Rows = ALONE  # how those of dW are spread over processes
+    open: tuple[Tensor | None, Tensor | None] = (None, None)  # of inputs and outputs, a basis of what is not closed, where prepare() has made one
 
     def __init__(
         self, inputs: Tensor | Subspace | None = None, outputs: Tensor | Subspace | None = None, forbid: str = "either", mask: Tensor | None = None
@@ -450,6 +458,14 @@ class Constraint:
             raise ValueError("Constraint: a mask and a basis cannot both be honoured; give one")
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"Constraint(mask=...): boolean, True where the weight may change; got {mask.dtype}")
+
+    def prepare(self) -> None:
+        """For who restricts again and again: of a side of which more than half is closed, make a basis of the rest, which is smaller, and project onto it from now on.
+
+        That is less work the more is closed, and leaves no more behind: a part inside the rest is never the small difference of two large ones.
+        """
+        if self.mask is None and self.forbid == "either" and self.open == (None, None):
+            self.open = _rest(self.inputs), _rest(self.outputs)
 
     def check(self, shape: torch.Size) -> None:
         """Raise ValueError unless the constraint fits a weight of this (out, in) shape."""
@@ -484,7 +500,7 @@ class Constraint:
     def spread(self, rows: Rows) -> Constraint:
         """The same constraint for who holds some rows of a weight only: its bases are views of this one's."""
         part = object.__new__(Constraint)
-        part.forbid, part.inputs, part.rows = self.forbid, self.inputs, rows
+        part.forbid, part.inputs, part.rows, part.open = self.forbid, self.inputs, rows, (self.open[0], None)
         part.outputs, part.mask = (None if t is None else rows.own(t) for t in (self.outputs, self.mask))
         return part
 
@@ -509,8 +525,9 @@ class Constraint:
             for _ in range(2):
                 D.sub_(U @ (self.rows.sum(U.mT @ D @ V) @ V.mT))
             return D
-        project_out_(D, V)
-        project_out_(D.mT, U, self.rows)
+        inputs, outputs = self.open
+        project_out_(D, V) if inputs is None else D.copy_(product(product(D, inputs), inputs.mT))
+        project_out_(D.mT, U, self.rows) if outputs is None else D.copy_(product(outputs, product(outputs.mT, D)))
         return D
 
     def forbidden_norm(self, D: Tensor) -> float:

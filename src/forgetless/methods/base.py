@@ -86,6 +86,7 @@ class Method:
     untouched: Callable[[], nn.Module] | None = None  # likewise: loads the model as it was before the first task
     committed: Callable[[str], Path] | None = None  # likewise: the folder of the model that was committed with a task, by the task's name
     load: Callable[[str], tuple[nn.Module, Any]] | None = None  # likewise: a model and its tokenizer from a folder, as the run loads them
+    autocast: bool = False  # likewise: are its rows trained on, and scored, under bf16 autocast?
     batch_share = 1.0  # set before extra_loss(): a mean over the micro-batch's answer tokens times this is its share of the mean over all of a step's
     packs = True  # can it train on `packing`'s rows, several in one sequence?
     needs_whole_weights = False  # can its penalty not be taken where `quantize` keeps frozen weights in few bits?

@@ -37,7 +37,7 @@ class Beside(Method):
     adds_to_gradients = False  # a penalty does: the method it goes beside may then let no gradient go within backward
 
     tokenizer, stream, untouched, committed, load = map(_inner, ("tokenizer", "stream", "untouched", "committed", "load"))
-    batch_share, packs = _inner("batch_share"), _inner("packs")
+    batch_share, packs, autocast = _inner("batch_share"), _inner("packs"), _inner("autocast")
     scratch, progress, micro_batches, max_grad_norm = _inner("scratch"), _inner("progress"), _inner("micro_batches"), _inner("max_grad_norm")
     merge_leak, whole_gradients = _inner("merge_leak"), _inner("whole_gradients")
     planned = _inner("planned")

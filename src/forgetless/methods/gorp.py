@@ -160,7 +160,7 @@ class GORP(Method):
         if self.space_side != "inputs" or not o.use_shared_space:
             raise ConfigError("protect_from: protects input directions, which need use_shared_space and side: inputs or both")
         layers = self.full_layers(model) | (lora_layers(model, o.lora_modules) if o.use_lora else {})
-        memory.keep(input_spaces(model, layers, prompts, o.protect_energy, max_rank=o.max_rank, advance=advance))
+        memory.keep(input_spaces(model, layers, prompts, o.protect_energy, max_rank=o.max_rank, autocast=self.autocast, advance=advance))
 
     @property
     def space_side(self) -> str:

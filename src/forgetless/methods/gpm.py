@@ -77,7 +77,8 @@ class GPM(OverLayers):
         """Each layer's space grows until it holds the share eps of its inputs on `rows`."""
         from ..protect import input_spaces
 
-        memory.keep(input_spaces(model, self.layers(model), rows, eps, known=memory.spaces(), normalise=False, advance=advance))
+        layers, known = self.layers(model), memory.spaces()
+        memory.keep(input_spaces(model, layers, rows, eps, known=known, normalise=False, autocast=self.autocast, advance=advance))
 
     # -- planning and the record -----------------------------------------------------------------------------------------------------
 

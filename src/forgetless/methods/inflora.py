@@ -103,7 +103,7 @@ class InfLoRA(IncLoRA):
 
         rows = encoded(self.tokenizer, task, ROWS)
         self.progress.stage(f"{task.name}: the layers' inputs", len(rows))
-        return input_sums(model, lora_layers(model, self.options.lora_modules), rows, self.options.normalise, self.progress.advance)
+        return input_sums(model, lora_layers(model, self.options.lora_modules), rows, self.options.normalise, self.autocast, self.progress.advance)
 
     def basis(self, name: str, like: Tensor) -> Tensor:
         space = self.spaces.get(name)
@@ -152,7 +152,8 @@ class InfLoRA(IncLoRA):
     def protect(self, model: nn.Module, prompts: list[list[int]], memory: Memory, advance: Any = None) -> None:
         from ..protect import input_spaces
 
-        keep(memory, input_spaces(model, lora_layers(model, self.options.lora_modules), prompts, self.options.energy, advance=advance))
+        layers = lora_layers(model, self.options.lora_modules)
+        keep(memory, input_spaces(model, layers, prompts, self.options.energy, autocast=self.autocast, advance=advance))
 
     def spaced(self, model: nn.Module) -> dict[str, int]:
         return {name: logical(m.weight, m).shape[1] for name, m in lora_layers(model, self.options.lora_modules).items()}

@@ -235,11 +235,20 @@ class OSFT(Method):
         if o.protect != "weights":
             self.progress.stage(f"{source}: the layers' inputs", len(prompts))
             memory.keep(
-                input_spaces(model, layers, prompts, o.protect_energy, max_share=o.max_share, known=memory.spaces(), advance=self.progress.advance)
+                input_spaces(
+                    model,
+                    layers,
+                    prompts,
+                    o.protect_energy,
+                    max_share=o.max_share,
+                    known=memory.spaces(),
+                    autocast=self.autocast,
+                    advance=self.progress.advance,
+                )  # fmt: skip
             )
         if o.frozen_ratio == "adaptive":
             self.progress.stage(f"{source}: the blocks' importance", len(prompts))
-            found = memory.info["importance"] = block_importance(model, layers, prompts, self.progress.advance)
+            found = memory.info["importance"] = block_importance(model, layers, prompts, self.autocast, self.progress.advance)
             shares = [self.adaptive(block, memory) for block in found]
             cosines = f"{min(found.values()):.3f} to {max(found.values()):.3f}"
             self.progress.say(f"{source}: cosine of a block's input and output {cosines}; closed next: {min(shares):.1%} to {max(shares):.1%}")
@@ -339,16 +348,20 @@ class OSFT(Method):
 
     def join(self, V: Tensor, *spaces: Subspace | None) -> tuple[Tensor, int]:
         """V (n, k) and the directions of most energy of `spaces` outside it, orthonormal, as many as max_share leaves room for; and how many it does not."""
-        rows = [rows_of(space) for space in spaces if space is not None and space.rank]
-        if not rows:
+        given, room = [space for space in spaces if space is not None and space.rank], max(int(self.options.max_share * len(V)) - V.shape[1], 0)
+        if not given:
             return V, 0
+        if len(given) == 1 and not V.shape[1]:  # nothing to bring together
+            strongest = given[0].energy.argsort(descending=True, stable=True)[:room]
+            return given[0].basis[:, strongest].contiguous(), max(given[0].rank - room, 0)
+        rows = [rows_of(space) for space in given]
         A = torch.cat(rows)
         if is_fake(A):
-            return torch.cat([V, V.new_empty(len(V), min(len(A), max(int(self.options.max_share * len(V)) - V.shape[1], 0)))], 1), 0
+            return torch.cat([V, V.new_empty(len(V), min(len(A), room))], 1), 0
         rest = project_out(A, V)
         if not torch.linalg.matrix_norm(rest) > tolerance(V.dtype) * torch.linalg.matrix_norm(A):
             return V, 0
-        found, room = top_subspace(rest).basis, max(int(self.options.max_share * len(V)) - V.shape[1], 0)
+        found = top_subspace(rest).basis
         return torch.cat([V, orthonormalize(found[:, :room], against=V, scale=1.0)], 1), max(found.shape[1] - room, 0)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:

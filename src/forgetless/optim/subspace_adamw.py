@@ -168,6 +168,8 @@ class SubspaceAdamW(torch.optim.Optimizer):
                 raise ValueError("SubspaceAdamW: optimizer_state='8bit' scales blocks of numbers, which a sharded parameter cuts through; use fp32")
             if self._keeps_start(group):
                 self.state[p]["start"] = local(p.detach()).to(working_dtype(p.dtype), copy=True)
+        if constraint is not None and not coordinates.reduced(group):
+            constraint.prepare()
         group["constraint"] = constraint
         self._order += group["params"]
         if group["release"]:
@@ -425,7 +427,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
     def _given_tensors(self) -> list[Tensor]:
         constraints = [group["constraint"] for group in self.param_groups if group["constraint"] is not None]
         directions = [B for group in self.param_groups for B in group["directions"] or ()]
-        return [t for t in (*(t for c in constraints for t in (c.inputs, c.outputs, c.mask)), *directions) if t is not None]
+        return [t for t in (*(t for c in constraints for t in (c.inputs, c.outputs, c.mask, *c.open)), *directions) if t is not None]
 
 
 def _batches(used: list[Used]) -> Iterator[list[Used]]:
