@@ -50,7 +50,7 @@ def record_inputs(model: nn.Module, tokenizer, task: Task, seed: int, rows: int 
     try:
         for example in chosen:
             pick.clear()
-            forward(model, {k: v.to(device) for k, v in collate([task.encode(tokenizer, example)]).items()})
+            forward(model, {k: v.to(device) for k, v in collate([task.encode(tokenizer, example)]).items()}, logits_to_keep=1)
     finally:
         model.train(was_training)
         for handle in handles:
