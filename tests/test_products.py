@@ -173,13 +173,19 @@ def test_a_task_begins_resumes_protects_and_ends_in_full_precision(tf32, monkeyp
 # -- products in C -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Where the products in C are compiled, once for all tests that only use them."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def in_c(monkeypatch, tmp_path):
-    """FORGETLESS_NATIVE=1, compiled in a folder of its own, and how often it was called."""
+def in_c(monkeypatch, compiled):
+    """FORGETLESS_NATIVE=1, compiled away from the user's cache, and how often it was called."""
     if not shutil.which(os.environ.get("CC") or "cc"):
         pytest.skip("no C compiler")
     monkeypatch.setenv("FORGETLESS_NATIVE", "1")
-    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FORGETLESS_CACHE", str(compiled))
     monkeypatch.setattr(native, "SMALL", 0)
     native.library.cache_clear()
     calls = []
