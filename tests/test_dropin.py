@@ -163,12 +163,14 @@ def test_a_state_is_the_same_to_a_trainer_and_to_a_run(tiny, tasks, tmp_path, mo
     assert farthest(memory, kept) <= 1e-13
 
 
-@pytest.mark.parametrize("name", ["gpm", "ewc"])
-def test_what_is_measured_for_the_next_task_is_measured_as_in_a_run(tiny, tasks, tmp_path, name):
+@pytest.mark.parametrize(("name", "asked"), [("gpm", "arguments"), ("gpm", "launcher"), ("ewc", "arguments")])
+def test_what_is_measured_for_the_next_task_is_measured_as_in_a_run(tiny, tasks, tmp_path, name, asked, monkeypatch):
     """Inputs as the Trainer's autocast makes them, gradients without: Accelerate leaves its bf16 wrapper round the model's forward."""
     model, tokenizer = models.load(tiny)
     callback = fl.ContinualCallback(name)
-    trainer_of(model, tokenizer, tasks[0], tmp_path, callback, bf16=True).train()
+    if asked == "launcher":  # as `accelerate launch --mixed_precision bf16` asks
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer_of(model, tokenizer, tasks[0], tmp_path, callback, bf16=asked == "arguments").train()
     assert hasattr(model, "_original_forward")
     del model.forward
     expected, method = Memory(), get(name)

@@ -631,6 +631,10 @@ def test_importance_is_measured_on_the_task_just_learned(small_run, tmp_path):
     hidden = model(**x, output_hidden_states=True).hidden_states  # the last one is after the final norm
     found = block_importance(model, names, [x.input_ids[0].tolist()])
     assert found["model.layers.0"] == pytest.approx(torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).mean().item(), abs=1e-5)
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12], [7, 5, 6]]  # several at a time, every token counts as much
+    each = [block_importance(model, names, [row]) for row in rows]
+    for block, mean in block_importance(model, names, rows).items():
+        assert mean == pytest.approx(sum(len(row) * one[block] for row, one in zip(rows, each, strict=True)) / 11, abs=1e-6)
     closed = [json.loads((path / task / "metrics.json").read_text())["protection"]["space"]["rank_mean"] for task in ("00-colour", "01-animal")]
     sizes = [min(layer.weight.shape) for layer in linear_modules(model).values()]
     assert closed[0] == sum(int(0.8 * size) for size in sizes) / len(sizes)  # as for mean importance: none was known

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless as fl
 from forgetless import models
-from forgetless.batches import Reader, read
+from forgetless.batches import read
 from forgetless.config import load_config
 from forgetless.errors import ConfigError, DataError
 from forgetless.protect import Sum, encode, input_spaces, input_sums, read_prompts
@@ -65,11 +65,11 @@ def summed(found: Sum) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "t5"])
 @pytest.mark.parametrize("given", ["prompts", "rows"])
 def test_rows_that_are_read_together_are_summed_up_as_alone(kind, given, tmp_path, monkeypatch):
-    """Of rows as long as they like, several at a time: no padding in the sums, each row at its own positions."""
+    """Of any lengths: those of one length together, no padding in the sums, each row at its own positions."""
     model, _ = models.load(make_model_folder(tmp_path / "m", kind=kind), dtype=torch.float64)
     layers = models.linear_modules(model) | {"head": model.get_output_embeddings()}
     draw = torch.Generator().manual_seed(0)
-    rows = [torch.randint(2, 20, (2 + i * 5 % 11,), generator=draw).tolist() for i in range(14)]
+    rows = [torch.randint(2, 20, (2 + i * 5 % 4 * 3,), generator=draw).tolist() for i in range(14)]
     if given == "rows":
         rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows]
     monkeypatch.setattr("forgetless.batches.READ_TOKENS", 40)
@@ -82,7 +82,7 @@ def test_rows_that_are_read_together_are_summed_up_as_alone(kind, given, tmp_pat
         for name, layer in layers.items()
     ]
     for row in rows:  # each by itself, whole
-        Reader().read(model, [row], whole=True, alone=True)
+        read(model, [row], whole=True)
     for handle in handles:
         handle.remove()
     assert (sums.keys() | same.keys()) == layers.keys()
@@ -92,8 +92,8 @@ def test_rows_that_are_read_together_are_summed_up_as_alone(kind, given, tmp_pat
         torch.testing.assert_close(summed(sums[same.get(name, name)]), X.mT @ X, rtol=1e-10, atol=1e-10)
 
 
-def test_a_layer_that_sees_some_of_the_tokens_is_read_row_by_row(tmp_path):
-    """As an expert of several does: what it is given no longer says which of it is padding."""
+def test_a_layer_that_sees_some_of_the_tokens_in_an_order_of_its_own_is_summed_up(tmp_path):
+    """As an expert of several does, or a model that puts positions before rows: what it is given does not say which row it is of."""
 
     class Some(torch.nn.Module):
         def __init__(self, inner):
@@ -103,17 +103,18 @@ def test_a_layer_that_sees_some_of_the_tokens_is_read_row_by_row(tmp_path):
         def forward(self, x):
             flat = x.reshape(-1, x.shape[-1])
             chosen = flat[:, 0] > flat[:, 1]
-            return flat.new_zeros(len(flat), self.inner.out_features).index_put((chosen,), self.inner(flat[chosen])).view(*x.shape[:-1], -1)
+            made = self.inner(flat[chosen].flip(0)).flip(0)
+            return flat.new_zeros(len(flat), self.inner.out_features).index_put((chosen,), made).view(*x.shape[:-1], -1)
 
     model, _ = models.load(make_model_folder(tmp_path / "m"), dtype=torch.float64)
     mlp = model.model.layers[1].mlp
     mlp.gate_proj = Some(mlp.gate_proj)
-    layers, rows, done = models.linear_modules(model), [list(range(2, 3 + n)) for n in (9, 3, 6, 12)], []
+    layers, rows, done = models.linear_modules(model), [list(range(2 + i, 3 + i + n)) for i, n in enumerate((9, 3, 9, 12, 3))], []
     sums, same = input_sums(model, layers, rows, advance=done.append)
     for name, layer in layers.items():
         X = inputs_of(model, layer, rows)
         torch.testing.assert_close(summed(sums[same.get(name, name)]), X.mT @ X, rtol=1e-10, atol=1e-10)
-    assert done == [1, 2, 3, 4]
+    assert done == [2, 4, 5]
 
 
 def test_inputs_under_autocast_are_summed_up_in_fp32(tmp_path):

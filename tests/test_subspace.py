@@ -564,6 +564,19 @@ def test_where_more_than_half_is_closed_a_step_is_projected_onto_the_rest(closed
     assert gone.open == (None, None) and gone.transposed.open == (None, None)
 
 
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("how", ["another tensor", "other numbers"])
+def test_what_was_prepared_for_other_directions_is_not_used(how, side):
+    V, W = (orthonormalize(torch.randn(64, 40, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1))
+    c = Constraint(**{side: V.clone()})
+    c.prepare()
+    setattr(c, side, W) if how == "another tensor" else getattr(c, side).copy_(W)
+    D = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    assert leak(c.permitted(D), c) < 1e-6
+    c.prepare()
+    assert leak(c.permitted(D), c) < 1e-6 and c.open[side == "outputs"].shape == (64, 24)
+
+
 @pytest.mark.parametrize(("n", "closed", "columns"), [(576, 570, 6), (256, 250, 6), (64, 60, 4)])
 def test_a_basis_is_off_a_space_that_leaves_hardly_anything_also_where_nothing_is_dropped(n, closed, columns):
     V = torch.linalg.qr(matrix(n, closed, 0, torch.float32))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -140,68 +141,32 @@ def forward(model: nn.Module, batch: dict[str, Tensor], logits_to_keep: int | Te
 Readable = list[int] | dict[str, list[int]]  # a prompt's token ids, or an encoded row with its answer
 
 
-class Reader:
-    """Passes prompts or rows through a model for hooks to look at, several at a time; `real` is how a hook tells their tokens from padding.
+def read(model: nn.Module, prompts: list[Readable], advance: Any = None, whole: bool = False, autocast: bool = False) -> None:
+    """Pass prompts or rows through the model in eval mode, for hooks to look at. advance(done) after each batch. whole: the head reads every position, not the last alone.
+
+    Rows of one length go together, READ_TOKENS at a time and a row at least: nothing is padded, so whatever a layer is given is of these rows, in whatever order a model
+    passes its tokens on. An encoder-decoder is read one row at a time, and its decoder reads the row's answer, as in training; of a prompt, which has none, its first token.
 
     autocast: in bf16, as a run that trains under bf16 autocast does, where the rows' inputs are the ones the layers have in training.
     """
-
-    def __init__(self, autocast: bool = False):
-        self.autocast = autocast
-        self.mask: Tensor | None = None  # (tokens,) of the batch at hand, where any is padding
-
-    def real(self, x: Tensor) -> Tensor:
-        """What x (..., n) has of tokens, in order: (tokens, n). Raises Apart where a layer is not given all of the batch's tokens, as an expert of several is."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        if self.mask is None:
-            return x
-        if len(x) != len(self.mask):
-            raise Apart
-        return x[self.mask]
-
-    def read(self, model: nn.Module, prompts: list[Readable], advance: Any = None, whole: bool = False, alone: bool = False) -> None:
-        """Pass each prompt or row through the model in eval mode. advance(done) after each batch. whole: the head reads every position, not the last alone.
-
-        READ_TOKENS at a time, and a row at least; rows of like length, so that little is padding. alone: one row at a time, as an encoder-decoder is always read,
-        whose decoder reads a row's answer, as in training; of a prompt, which has none, its first token.
-        """
-        device, was_training, collate, done = next(model.parameters()).device, model.training, Collate(model), 0
-        alone = alone or collate.seq2seq or not takes(type(unwrapped(model)), "attention_mask")
-        model.eval()
-        try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                for rows in [[item] for item in prompts] if alone else _alike(prompts):
-                    batch = _readable(collate, rows)
-                    mask = batch.get("attention_mask")
-                    self.mask = None if collate.seq2seq or mask is None else mask.flatten().bool().to(device)
-                    forward(model, {key: value.to(device) for key, value in batch.items()}, logits_to_keep=0 if whole else 1)
-                    done += len(rows)
-                    if advance:
-                        advance(done)
-        finally:
-            self.mask = None
-            model.train(was_training)
-
-
-class Apart(Exception):
-    """A layer saw other tokens than a batch has: its rows are to be read one at a time."""
-
-
-def read(model: nn.Module, prompts: list[Readable]) -> None:
-    """Pass each prompt or row through the model in eval mode, one at a time."""
-    Reader().read(model, prompts, alone=True)
+    device, was_training, collate, done = next(model.parameters()).device, model.training, Collate(model), 0
+    model.eval()
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            for rows in [[item] for item in prompts] if collate.seq2seq else _alike(prompts):
+                forward(model, {key: value.to(device) for key, value in _readable(collate, rows).items()}, logits_to_keep=0 if whole else 1)
+                done += len(rows)
+                if advance:
+                    advance(done)
+    finally:
+        model.train(was_training)
 
 
 def _alike(prompts: list[Readable]) -> Iterator[list[Readable]]:
-    """All of them, the shortest first, in lists of at most READ_TOKENS when padded."""
-    rows: list[Readable] = []
-    for item in sorted(prompts, key=lambda item: len(_ids(item))):
-        if rows and len(_ids(item)) * (len(rows) + 1) > READ_TOKENS:
-            yield rows
-            rows = []
-        rows.append(item)
-    if rows:
-        yield rows
+    """All of them, the shortest first, in lists of one length and at most READ_TOKENS."""
+    for length, found in itertools.groupby(sorted(prompts, key=lambda item: len(_ids(item))), key=lambda item: len(_ids(item))):
+        rows, most = list(found), max(1, READ_TOKENS // max(1, length))
+        yield from (rows[i : i + most] for i in range(0, len(rows), most))
 
 
 def _ids(item: Readable) -> list[int]:
@@ -209,14 +174,11 @@ def _ids(item: Readable) -> list[int]:
 
 
 def _readable(collate: Collate, rows: list[Readable]) -> dict[str, Tensor]:
-    """A batch of rows or prompts without labels; of rows as long as each other without a mask."""
-    if collate.seq2seq:
-        (item,) = rows
-        return collate(rows) if isinstance(item, dict) else {"input_ids": torch.tensor([item]), "decoder_input_ids": torch.tensor([[collate.first]])}
-    if len({len(_ids(item)) for item in rows}) == 1:
+    """A batch, without labels, of rows or prompts of one length."""
+    if not collate.seq2seq:
         return {"input_ids": torch.tensor([_ids(item) for item in rows])}
-    batch = collate([{"input_ids": _ids(item), "labels": [IGNORED] * len(_ids(item))} for item in rows])
-    return {key: value for key, value in batch.items() if key != "labels"}
+    (item,) = rows
+    return collate(rows) if isinstance(item, dict) else {"input_ids": torch.tensor([item]), "decoder_input_ids": torch.tensor([[collate.first]])}
 
 
 def answer_loss(model: nn.Module, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> tuple[Tensor, Any]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -266,7 +267,8 @@ class ContinualCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, processing_class: Any = None, **_: Any) -> None:
         foreign.check_arguments(args)
-        self.arguments, self.method.autocast = args, bool(args.bf16)
+        # `accelerate launch --mixed_precision` asks for it past the arguments, and the Trainer has its Accelerator by now
+        self.arguments, self.method.autocast = args, bool(args.bf16) or AcceleratorState().mixed_precision == "bf16"
         args.max_grad_norm = args.__dict__.pop(CLIP, args.max_grad_norm)
         # what the method draws is the same whatever was drawn before, and the Trainer's data come in the order they would without it
         set_seed(args.seed)

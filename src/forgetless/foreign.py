@@ -178,7 +178,7 @@ def add_penalty(method: Method, model: nn.Module) -> Tensor | None:
 
 @contextlib.contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """While open, the model is read without the autocast that Accelerate has put round its forward: what is measured for the next task is measured in full."""
+    """While open, the model is read without the autocast that Accelerate has put round its forward: a method's measurements for the next task ask for it themselves, or not."""
     original, wrapper = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
     if original is not None and wrapper is not None:
         model.forward = original

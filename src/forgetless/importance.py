@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Readable, Reader
+from .batches import Readable, read
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -34,13 +34,12 @@ def block_importance(
     autocast: as they are under bf16 autocast.
     """
     sums: dict[str, list[float]] = {}
-    reader = Reader(autocast)
 
     def hook(name: str):
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             y = output if isinstance(output, Tensor) else output[0]
-            cosines = reader.real(nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)[..., None])
+            cosines = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(cosines.sum())
             total[1] += cosines.numel()
@@ -50,7 +49,7 @@ def block_importance(
     blocks = sorted({block for name in modules if (block := block_of(model, name)) is not None})
     handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in blocks]
     try:
-        reader.read(model, prompts, advance)
+        read(model, prompts, advance, autocast=autocast)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Apart, Readable, Reader
+from .batches import Readable, read
 from .chat import parse
 from .errors import DataError, nearest
 from .products import add_product_
@@ -121,7 +121,6 @@ def input_sums(
     seen: dict[str, Sum] = {}
     same: dict[str, str] = {}  # a layer that reads what the one before it reads (key and value after query, up after gate) -> that one
     last: list[Any] = [None, ""]
-    reader, whole = Reader(autocast), model.get_output_embeddings() in layers.values()
 
     def hook(name: str):
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -129,7 +128,7 @@ def input_sums(
                 same[name] = last[1]
                 return
             last[:] = args[0], name
-            X = reader.real(args[0])
+            X = args[0].detach().reshape(-1, args[0].shape[-1])
             X = X.to(working_dtype(X.dtype))
             if normalise:
                 X = X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
@@ -139,11 +138,7 @@ def input_sums(
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        try:
-            reader.read(model, prompts, advance, whole)
-        except Apart:
-            seen.clear(), same.clear()
-            reader.read(model, prompts, advance, whole, alone=True)
+        read(model, prompts, advance, whole=model.get_output_embeddings() in layers.values(), autocast=autocast)
     finally:
         for handle in handles:
             handle.remove()

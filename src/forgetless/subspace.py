@@ -428,6 +428,11 @@ def _basis(space: Tensor | Subspace | None, name: str) -> Tensor | None:
     return V if V.stride() == (V.shape[1], 1) else V.clone(memory_format=torch.contiguous_format)
 
 
+def _version(V: Tensor | None) -> int:
+    """A count that rises where V is written to; of no tensor, and in inference mode, nothing counts."""
+    return 0 if V is None or V.is_inference() else V._version
+
+
 def _rest(V: Tensor | None) -> Tensor | None:
     """Basis (n, n - k) of what lies off V (n, k), where that is the smaller."""
     if V is None or 2 * V.shape[1] <= V.shape[0] or V.shape[1] == V.shape[0]:
@@ -445,6 +450,7 @@ class Constraint:
 
     rows: Rows = ALONE  # how those of dW are spread over processes
     open: tuple[Tensor | None, Tensor | None] = (None, None)  # of inputs and outputs, a basis of what is not closed, where prepare() has made one
+    made_of: tuple[tuple[Tensor | None, int], ...] = ((None, 0), (None, 0))  # what these two were made of
 
     def __init__(
         self, inputs: Tensor | Subspace | None = None, outputs: Tensor | Subspace | None = None, forbid: str = "either", mask: Tensor | None = None
@@ -459,13 +465,15 @@ class Constraint:
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"Constraint(mask=...): boolean, True where the weight may change; got {mask.dtype}")
 
-    def prepare(self) -> None:
+    def prepare(self, outputs: bool = True) -> None:
         """For who restricts again and again: of a side of which more than half is closed, make a basis of the rest, which is smaller, and project onto it from now on.
 
-        That is less work the more is closed, and leaves no more behind: a part inside the rest is never the small difference of two large ones.
+        That is less work the more is closed, and leaves no more behind: a part inside the rest is never the small difference of two large ones. Once `inputs` or
+        `outputs` is another tensor, or other numbers, its rest is used no more. outputs: False where dW's rows are spread over processes, which have no use for theirs.
         """
-        if self.mask is None and self.forbid == "either" and self.open == (None, None):
-            self.open = _rest(self.inputs), _rest(self.outputs)
+        if self.mask is None and self.forbid == "either":
+            sides = (self.inputs, self.outputs if outputs else None)
+            self.open, self.made_of = tuple(map(_rest, sides)), tuple((B, _version(B)) for B in sides)
 
     def check(self, shape: torch.Size) -> None:
         """Raise ValueError unless the constraint fits a weight of this (out, in) shape."""
@@ -500,7 +508,7 @@ class Constraint:
     def spread(self, rows: Rows) -> Constraint:
         """The same constraint for who holds some rows of a weight only: its bases are views of this one's."""
         part = object.__new__(Constraint)
-        part.forbid, part.inputs, part.rows, part.open = self.forbid, self.inputs, rows, (self.open[0], None)
+        part.forbid, part.inputs, part.rows, part.open, part.made_of = self.forbid, self.inputs, rows, (self.open[0], None), self.made_of
         part.outputs, part.mask = (None if t is None else rows.own(t) for t in (self.outputs, self.mask))
         return part
 
@@ -525,7 +533,8 @@ class Constraint:
             for _ in range(2):
                 D.sub_(U @ (self.rows.sum(U.mT @ D @ V) @ V.mT))
             return D
-        inputs, outputs = self.open
+        known = zip(self.open, self.made_of, (V, U), strict=True)
+        inputs, outputs = (rest if made_of is B and version == _version(B) else None for rest, (made_of, version), B in known)
         project_out_(D, V) if inputs is None else D.copy_(product(product(D, inputs), inputs.mT))
         project_out_(D.mT, U, self.rows) if outputs is None else D.copy_(product(outputs, product(outputs.mT, D)))
         return D

@@ -8,7 +8,7 @@
 eps is `threshold` + `increment` a task, at most 1: later tasks get less room and have less left. Kept: M of every layer, in x k numbers; no row.
 
 Where we depart: the paper projects gradients and trains by SGD. Here the *applied* update is projected, after Adam's division, which would bring a part of each update
-back; weight decay pulls toward the task's start, inside what is permitted. R R^T is summed up row by row, so that no R is held. Of a row every token counts, with its
+back; weight decay pulls toward the task's start, inside what is permitted. R R^T is summed up as rows are read, so that no R is held. Of a row every token counts, with its
 answer. Embeddings, norms, biases and the head are frozen: the promise is a layer's, and holds for the model only while what feeds the layer stays.
 
 When not to use it: many tasks on a narrow model, where M fills the space and nothing can be learned (the record's `share` says how full it is); and where the raw

@@ -169,7 +169,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
             if self._keeps_start(group):
                 self.state[p]["start"] = local(p.detach()).to(working_dtype(p.dtype), copy=True)
         if constraint is not None and not coordinates.reduced(group):
-            constraint.prepare()
+            constraint.prepare(outputs=not any(is_sharded(p) for p in group["params"]))
         group["constraint"] = constraint
         self._order += group["params"]
         if group["release"]:
@@ -405,7 +405,7 @@ class SubspaceAdamW(torch.optim.Optimizer):
 
     def planned_bytes(self, processes: int = 1) -> int:
         """Bytes `state_bytes` will report once every tensor has had a step (full ranks, no start copies missing); in the first of so many that share the model."""
-        total = _storage_bytes(self._given_tensors())
+        total = _storage_bytes(self._given_tensors(shared=processes > 1))
         for group, p in self._each():
             part = group if processes == 1 else group | {"rows": Spread(p.shape[0], Imagined(processes))}
             size, rows = working_dtype(p.dtype).itemsize, part.get("rows", ALONE)
@@ -424,10 +424,12 @@ class SubspaceAdamW(torch.optim.Optimizer):
             total += rows.held(rounding.planned_bytes(p, group["precision"]))
         return total
 
-    def _given_tensors(self) -> list[Tensor]:
+    def _given_tensors(self, shared: bool = False) -> list[Tensor]:
+        """shared: as of weights whose rows are spread over processes, from the start."""
         constraints = [group["constraint"] for group in self.param_groups if group["constraint"] is not None]
         directions = [B for group in self.param_groups for B in group["directions"] or ()]
-        return [t for t in (*(t for c in constraints for t in (c.inputs, c.outputs, c.mask, *c.open)), *directions) if t is not None]
+        given = [t for c in constraints for t in (c.inputs, c.outputs, c.mask, *c.open[: 1 if shared else 2])]
+        return [t for t in (*given, *directions) if t is not None]
 
 
 def _batches(used: list[Used]) -> Iterator[list[Used]]:
