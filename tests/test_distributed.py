@@ -158,6 +158,7 @@ def through_torchrun(tiny, tmp_path_factory):
     return config, done
 
 
+@pytest.mark.xdist_group("through torchrun")  # the run they share is made once
 def test_a_run_through_torchrun_commits_once_and_is_loaded_by_one_process(through_torchrun):
     config, done = through_torchrun
     assert done.stdout.count("average accuracy") == 2  # one table a scorer, printed once
@@ -212,6 +213,7 @@ cli.main()
 """
 
 
+@pytest.mark.xdist_group("through torchrun")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
